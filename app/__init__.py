@@ -1,0 +1,1 @@
+"""The gateway: HTTP, SSE and WebSocket in, jobs and events over Redis out. Never imports torch."""

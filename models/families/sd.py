@@ -1,0 +1,69 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet with cross-attention, AutoencoderKL.
+
+The arithmetic follows diffusers' StableDiffusionPipeline, which is the oracle of the engine's tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.catalog import ModelSpec
+from models.pipeline import Conditioning, FewStepPipeline, to_pixels
+
+
+class StableDiffusion(FewStepPipeline):
+    """`pipe` is a loaded diffusers StableDiffusionPipeline, `tiny_vae` an AutoencoderTiny for the same latents."""
+
+    def __init__(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, pipe: Any, tiny_vae: Any | None
+    ) -> None:
+        super().__init__(spec, device, dtype, dict(pipe.scheduler.config))
+        self._tokenizer = pipe.tokenizer
+        self._text_encoder = pipe.text_encoder
+        self._unet = pipe.unet
+        self._vae = pipe.vae
+        self._tiny_vae = tiny_vae
+        self._vae_scale_factor: int = pipe.vae_scale_factor
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return self._unet.config.in_channels, height // self._vae_scale_factor, width // self._vae_scale_factor
+
+    def encode_prompts(self, prompts: Sequence[str | None]) -> list[Conditioning]:
+        texts = [prompt or "" for prompt in prompts]
+        max_length = self._tokenizer.model_max_length
+        tokens = self._tokenizer(
+            texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+        )
+        use_mask = getattr(self._text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if use_mask else None
+        embeds = self._text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
+        return [Conditioning(embed, self._truncated(text)) for embed, text in zip(embeds, texts, strict=True)]
+
+    def _truncated(self, text: str) -> str:
+        ids = self._tokenizer(text, truncation=False, verbose=False).input_ids
+        max_length = self._tokenizer.model_max_length
+        if len(ids) <= max_length:
+            return ""
+        decoded: str = self._tokenizer.decode(ids[max_length - 1 : -1])
+        return decoded.strip()
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]) -> Tensor:
+        prompt_embeds = torch.stack([conditioning.prompt_embeds for conditioning in conditionings])
+        output: Tensor = self._unet(
+            latents.to(self.dtype), timesteps, encoder_hidden_states=prompt_embeds.to(self.dtype), return_dict=False
+        )[0]
+        return output.float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._decode_with(self._vae, latents)
+
+    def preview(self, latents: Tensor) -> Tensor:
+        return self._decode_with(self._tiny_vae or self._vae, latents)
+
+    def _decode_with(self, vae: Any, latents: Tensor) -> Tensor:
+        scaled = latents / vae.config.scaling_factor
+        return to_pixels(vae.decode(scaled.to(self.dtype), return_dict=False)[0])

@@ -1,0 +1,133 @@
+"""From a catalog entry to a model in memory: weights, LoRA fuse, VAE choice.
+
+Safetensors only, and no code from model folders.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+
+from models.catalog import LoraSpec, ModelSpec, resolve_source
+from models.families.sd import StableDiffusion
+from models.pipeline import FewStepPipeline
+
+logger = logging.getLogger(__name__)
+
+
+class LoadError(Exception):
+    """A model that can't be loaded: the message names the model, the source or file, and the reason."""
+
+
+def load_pipeline(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> FewStepPipeline:
+    """The model of a catalog entry, ready to compute on `device` in `dtype`. Raises LoadError."""
+    pipe = load_diffusers(spec, device, dtype)
+    tiny_vae = _load_tiny_vae(spec, device, dtype)
+    return StableDiffusion(spec, device, dtype, pipe=pipe, tiny_vae=tiny_vae)
+
+
+def load_diffusers(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
+    """diffusers' own pipeline for the entry, LoRA fused, default scheduler set: the engine's parts and its oracle."""
+    source = resolve_source(spec.source)
+    _check_weights(spec, source)
+    parts = {"vae": _load_vae(spec, dtype)} if spec.vae else {}
+    pipe = _from_pretrained(
+        diffusers.StableDiffusionPipeline,
+        spec,
+        source,
+        dtype,
+        safety_checker=None,
+        requires_safety_checker=False,
+        **parts,
+    )
+    if spec.lora is not None:
+        _fuse_lora(pipe, spec, spec.lora)
+    default = spec.schedulers[spec.default_scheduler]
+    pipe.scheduler = getattr(diffusers, default.class_name).from_config(pipe.scheduler.config, **default.config)
+    pipe.set_progress_bar_config(disable=True)
+    return _settle(pipe, device)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """fp16 on CUDA. On a CPU fp32: `benchmarks/service.py --dtypes` measures the choice."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def _load_vae(spec: ModelSpec, dtype: torch.dtype) -> Any:
+    assert spec.vae is not None
+    return _from_pretrained(diffusers.AutoencoderKL, spec, resolve_source(spec.vae), dtype)
+
+
+def _load_tiny_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any | None:
+    if spec.tiny_vae is None:
+        return None
+    source = resolve_source(spec.tiny_vae)
+    _check_weights(spec, source)
+    return _settle(_from_pretrained(diffusers.AutoencoderTiny, spec, source, dtype), device)
+
+
+def _from_pretrained(kind: Any, spec: ModelSpec, source: str, dtype: torch.dtype, **arguments: Any) -> Any:
+    is_local = Path(source).is_dir()
+    variant = spec.variant if not is_local or _has_variant(Path(source), spec.variant) else None
+    revision = None if is_local else spec.revision
+    try:
+        return kind.from_pretrained(
+            source,
+            dtype=dtype,
+            variant=variant,
+            revision=revision,
+            use_safetensors=True,
+            local_files_only=is_local,
+            **arguments,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise LoadError(f"{spec.name}: can't load {kind.__name__} from {source}: {_first_line(error)}") from error
+
+
+def _has_variant(folder: Path, variant: str | None) -> bool:
+    return variant is not None and any(folder.rglob(f"*.{variant}.safetensors"))
+
+
+def _check_weights(spec: ModelSpec, source: str) -> None:
+    """Opens each local weight file's header, so that a damaged one is named before any network is built."""
+    for path in sorted(Path(source).rglob("*.safetensors")) if Path(source).is_dir() else ():
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{spec.name}: {path} is not a sound safetensors file: {_first_line(error)}") from error
+
+
+def _fuse_lora(pipe: Any, spec: ModelSpec, lora: LoraSpec) -> None:
+    source = resolve_source(lora.source)
+    _check_weights(spec, source)
+    try:
+        pipe.load_lora_weights(source, weight_name=lora.weight_name)
+        pipe.fuse_lora(lora_scale=lora.scale)
+        pipe.unload_lora_weights()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise LoadError(f"{spec.name}: can't fuse the LoRA {source}: {_first_line(error)}") from error
+
+
+def _settle(module: Any, device: torch.device) -> Any:
+    """Moves a pipeline or network to its device in the memory layout that convolutions are fastest in."""
+    module = module.to(device)
+    parts = module.components.values() if isinstance(module, diffusers.DiffusionPipeline) else (module,)
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+            cast(Any, part).to(memory_format=torch.channels_last)
+    return module
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

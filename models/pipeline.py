@@ -1,0 +1,72 @@
+"""One meaning for every model family: what the engine may ask of a model, and nothing else.
+
+Shapes are einops strings: b rows, c latent channels, h w latent pixels, t tokens, d embedding width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.catalog import ModelSpec
+from models.schedules import ScheduleFactory
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What the network is told about one prompt: `prompt_embeds` "t d".
+
+    `truncated` is the text that the tokenizer's length cut off.
+    """
+
+    prompt_embeds: Tensor
+    truncated: str = ""
+
+
+class FewStepPipeline(ABC):
+    """The parts of one loaded model behind one meaning.
+
+    All latents that go in or come out are float32 on `device`, whatever `dtype` the networks compute in, so that noise
+    and schedule arithmetic are the same everywhere.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, scheduler_config: dict[str, Any]
+    ) -> None:
+        self.spec = spec
+        self.device = device
+        self.dtype = dtype
+        self.schedules = {
+            name: ScheduleFactory(scheduler, scheduler_config) for name, scheduler in spec.schedulers.items()
+        }
+
+    @abstractmethod
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of a picture of `width` by `height` pixels."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str | None]) -> list[Conditioning]:
+        """One conditioning per prompt; None stands for a negative prompt that was not given."""
+
+    @abstractmethod
+    def predict(self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]) -> Tensor:
+        """The network's output "b c h w" for latents "b c h w" at timesteps "b", one conditioning per row."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures as uint8 "b height width 3", on `device`, by the full decoder."""
+
+    @abstractmethod
+    def preview(self, latents: Tensor) -> Tensor:
+        """As `decode`, by the tiny decoder; by the full one where the model has none."""
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Decoder output "b 3 height width" in [-1, 1] to uint8 "b height width 3", rounded as diffusers does."""
+    pixels = (images.float() / 2 + 0.5).clamp(0, 1)
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+
+from models.catalog import CatalogError, UnknownModelError, get_spec, load_catalog, resolve_source
+
+MINIMAL = """
+[small]
+description = "d"
+family = "sd"
+source = "somewhere"
+license = "MIT"
+default_scheduler = "lcm"
+num_inference_steps = { default = 4, min = 1, max = 8 }
+guidance_scale = { default = 0, min = 0, max = 2 }
+sizes = [[64, 64], [64, 96]]
+warm_sizes = [[64, 64]]
+schedulers = { lcm = { class_name = "LCMScheduler" } }
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "catalog.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_shipped_catalog_loads() -> None:
+    catalog = load_catalog()
+    assert catalog["mini-lcm"].default_size == (64, 64)
+    assert Path(resolve_source(catalog["mini-lcm"].source)).name == "mini-sd"
+
+
+def test_defaults(tmp_path: Path) -> None:
+    spec = load_catalog(write(tmp_path, MINIMAL))["small"]
+    assert (spec.name, spec.default_size, spec.public_revision) == ("small", (64, 64), "unpinned")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('family = "sd"', 'family = "sd9"', r"\[small\] family"),
+        ('license = "MIT"\n', "", r"\[small\] license: Field required"),
+        ('license = "MIT"', 'license = "MIT"\nlicence = "MIT"', r"\[small\] licence: Extra inputs"),
+        ("default = 4,", "default = 9,", r"min <= default <= max is needed, got 1, 9, 8"),
+        ('default_scheduler = "lcm"', 'default_scheduler = "ddim"', r"default_scheduler 'ddim' is none of lcm"),
+        ("warm_sizes = [[64, 64]]", "warm_sizes = [[8, 8]]", r"warm_sizes \[\(8, 8\)\] are not in sizes"),
+        ("[small]", "small = 3\n[other]", "'small' must be a table"),
+        ("[small]", "[small", "catalog.toml"),
+    ],
+)
+def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(CatalogError, match=message) as caught:
+        load_catalog(write(tmp_path, MINIMAL.replace(old, new)))
+    assert "catalog.toml" in str(caught.value)
+
+
+def test_rows_of_one_request_fit_its_batch(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="max_num_images 5 with guidance needs 10 rows, max_batch_size is 8"):
+        load_catalog(write(tmp_path, MINIMAL.replace('"MIT"', '"MIT"\nmax_num_images = 5')))
+
+
+def test_unknown_model_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModelError, match=r"unknown model 'big': the catalog has small"):
+        get_spec(load_catalog(write(tmp_path, MINIMAL)), "big")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match=r"nowhere\.toml"):
+        load_catalog(tmp_path / "nowhere.toml")

@@ -1,0 +1,147 @@
+"""Folders of the real architectures, made small: true layer types and config keys, tiny widths, random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+from models.catalog import LoraSpec, ModelSpec, Range, SchedulerSpec, StepRange
+
+SCHEDULERS = {
+    "lcm": SchedulerSpec(class_name="LCMScheduler"),
+    "ddim": SchedulerSpec(class_name="DDIMScheduler"),
+    "euler": SchedulerSpec(class_name="EulerDiscreteScheduler"),
+    "euler-ancestral": SchedulerSpec(
+        class_name="EulerAncestralDiscreteScheduler", config={"timestep_spacing": "trailing"}
+    ),
+    "dpm-solver": SchedulerSpec(class_name="DPMSolverMultistepScheduler"),
+    "tcd": SchedulerSpec(class_name="TCDScheduler"),
+}
+
+
+def make_sd_folder(folder: Path) -> None:
+    """A StableDiffusionPipeline folder that draws 32x32 noise-like pictures, different for each prompt and seed."""
+    torch.manual_seed(0)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=1000,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=0.5,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=_make_tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def make_tiny_vae_folder(folder: Path) -> None:
+    torch.manual_seed(1)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=4,
+        scaling_factor=1.0,
+    ).save_pretrained(folder)
+
+
+def make_lora_folder(folder: Path, sd_folder: Path) -> None:
+    """A LoRA over the UNet's attention, with weights large enough to change every picture."""
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
+    torch.manual_seed(2)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
+
+
+def small_spec(root: Path, **changes: Any) -> ModelSpec:
+    """A catalog entry over folders that are made under `root` when they aren't there yet."""
+    if not (root / "sd").exists():
+        make_sd_folder(root / "sd")
+        make_tiny_vae_folder(root / "tiny")
+        make_lora_folder(root / "lora", root / "sd")
+    values: dict[str, Any] = {
+        "name": "small",
+        "description": "random weights",
+        "family": "sd",
+        "source": str(root / "sd"),
+        "license": "Apache-2.0",
+        "tiny_vae": str(root / "tiny"),
+        "lora": LoraSpec(source=str(root / "lora")),
+        "schedulers": SCHEDULERS,
+        "default_scheduler": "lcm",
+        "num_inference_steps": StepRange(default=4, min=1, max=20),
+        "guidance_scale": Range(default=0, min=0, max=5),
+        "sizes": [(32, 32), (48, 32)],
+        "warm_sizes": [(32, 32)],
+        "max_batch_size": 16,
+    }
+    return ModelSpec(**(values | changes))
+
+
+def _make_tokenizer() -> CLIPTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    letters = [chr(code) for code in range(32, 127)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=special, initial_alphabet=letters, end_of_word_suffix="</w>"
+    )
+    tokenizer.train_from_iterator(["a red apple on a blue background", "one two three four", *letters], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[(special[0], 0), (special[1], 1)]
+    )
+    return CLIPTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        eos_token=special[1],
+        unk_token=special[1],
+        pad_token=special[1],
+        model_max_length=16,
+    )

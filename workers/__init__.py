@@ -1,0 +1,1 @@
+"""The GPU process: takes jobs from the broker, batches them step by step, gives pictures back."""

@@ -1,0 +1,113 @@
+"""The conductor: one call of `step` advances one batch by one denoising step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from broker.messages import Abort, Delivery
+from workers.engine.outputs import Aborted, EngineOutput, Finished, GenerationFailed
+from workers.engine.request import RequestState
+from workers.engine.runner import ModelRunner
+from workers.engine.scheduler import Batch, Scheduler
+
+logger = logging.getLogger(__name__)
+
+NEWER_WITHIN_MS = 300
+
+
+class Engine:
+    """Runs requests of several warm models. Not thread-safe: it belongs to the thread that owns the device."""
+
+    def __init__(self, runners: Mapping[str, ModelRunner]) -> None:
+        self.runners = dict(runners)
+        self._scheduler: Scheduler[RequestState] = Scheduler(
+            {name: runner.pipeline.spec.max_batch_size for name, runner in runners.items()}
+        )
+
+    def add(self, delivery: Delivery) -> None:
+        """Queues a request; it joins its group's batch at the next step with room."""
+        self._scheduler.add(RequestState(delivery, is_alone=delivery.is_last_attempt))
+
+    def abort(self, abort: Abort) -> None:
+        """Stops a request at the next step boundary. Unknown requests are ignored: they have just ended."""
+        for request in self._scheduler.requests:
+            if request.request_id == abort.request_id and (
+                abort.reason != "newer" or _is_worth_stopping(request, abort)
+            ):
+                request.abort = abort
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._scheduler.requests)
+
+    @property
+    def request_ids(self) -> list[str]:
+        return [request.request_id for request in self._scheduler.requests]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all requests that are held, running or not."""
+        return self._scheduler.num_rows
+
+    @torch.inference_mode()
+    def step(self) -> list[EngineOutput]:
+        """Stops what was aborted, runs one step of the next batch, decodes what has finished."""
+        outputs = self._stop_aborted()
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return outputs
+        try:
+            outputs += self._run(batch)
+        except Exception as error:  # noqa: BLE001 - whatever one request's computation raises, the others go on
+            outputs += self._isolate(batch, error)
+        return outputs
+
+    def _run(self, batch: Batch[RequestState]) -> list[EngineOutput]:
+        runner = self.runners[batch.requests[0].model]
+        if batch.admitted:
+            runner.prepare(batch.admitted)
+        outputs: list[EngineOutput] = [*runner.step(batch.requests)]
+        finished = [request for request in batch.requests if request.is_finished]
+        if finished:
+            outputs += [Finished(*pair) for pair in zip(finished, runner.decode(finished), strict=True)]
+        for request in finished:
+            self._scheduler.remove(request)
+        return outputs
+
+    def _stop_aborted(self) -> list[EngineOutput]:
+        stopped = [(request, request.abort) for request in self._scheduler.requests if request.abort is not None]
+        for request, _ in stopped:
+            self._scheduler.remove(request)
+        return [Aborted(request, abort.reason) for request, abort in stopped]
+
+    def _isolate(self, batch: Batch[RequestState], error: Exception) -> list[EngineOutput]:
+        """A failed batch doesn't tell who is to blame: each request runs again by itself; who fails alone failed."""
+        if len(batch.requests) == 1:
+            request = batch.requests[0]
+            self._scheduler.remove(request)
+            logger.error("request %s failed: %r", request.request_id, error)
+            return [GenerationFailed(request, error)]
+        logger.warning("a batch of %d failed (%r): its requests run again one by one", len(batch.requests), error)
+        for request in reversed(batch.requests):
+            request.restart()
+            request.is_alone = True
+            self._scheduler.put_back(request)
+        return []
+
+
+def _is_worth_stopping(request: RequestState, abort: Abort) -> bool:
+    """A newer prompt stops a running one only early in its work, and only for someone who saw a picture just now."""
+    if abort.ms_since_final is None or abort.ms_since_final >= NEWER_WITHIN_MS:
+        return False
+    return request.step_index * 2 < request.params.num_inference_steps
+
+
+def run_until_done(engine: Engine) -> list[EngineOutput]:
+    """Steps until no work is left; for warm-up and for use without a queue."""
+    outputs: list[EngineOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+    return outputs

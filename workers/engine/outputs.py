@@ -1,0 +1,47 @@
+"""What a step of the engine gives back. Pixels are uint8 numpy arrays "n height width 3"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.engine.request import RequestState
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewReady:
+    """The predicted pictures of a request after its step `step` (from 1)."""
+
+    request: RequestState
+    step: int
+    pixels: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    request: RequestState
+    pixels: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """A request that was stopped at a step boundary."""
+
+    request: RequestState
+    reason: Literal["cancelled", "newer", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationFailed:
+    """A request that failed although it ran alone: `error` is what its computation raised."""
+
+    request: RequestState
+    error: Exception
+
+
+EngineOutput = PreviewReady | Finished | Aborted | GenerationFailed

@@ -1,0 +1,128 @@
+"""What the engine remembers of one request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from broker.messages import Abort, Delivery, SamplingParams
+from models.pipeline import Conditioning
+from models.schedules import Schedule
+
+
+@dataclass(slots=True)
+class Denoising:
+    """The computation of one request, from any latents "n c h w" and any step of its private schedule on.
+
+    `negative` is set where classifier-free guidance runs, which doubles the rows. All n images step together.
+    """
+
+    latents: Tensor
+    schedule: Schedule
+    step_arguments: dict[str, Any]
+    conditioning: Conditioning
+    negative: Conditioning | None
+    guidance_scale: float
+    step_index: int = 0
+
+    @property
+    def timestep(self) -> Tensor:
+        timestep: Tensor = self.schedule.timesteps[self.step_index]
+        return timestep
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.schedule.timesteps)
+
+    @property
+    def conditionings(self) -> list[Conditioning]:
+        """One per row: all negative ones first, as diffusers orders them."""
+        num_images = len(self.latents)
+        negatives = [] if self.negative is None else [self.negative] * num_images
+        return negatives + [self.conditioning] * num_images
+
+    def model_input(self) -> Tensor:
+        """What the network sees of each image now, "n c h w"."""
+        return self.schedule.scale_model_input(self.latents, self.timestep)
+
+    def repeat_for_guidance(self, model_input: Tensor) -> Tensor:
+        return model_input if self.negative is None else torch.cat([model_input, model_input])
+
+    def guide(self, output: Tensor) -> Tensor:
+        """Classifier-free guidance (Ho and Salimans 2022) over the network's rows of this request."""
+        if self.negative is None:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def advance(self, model_output: Tensor) -> None:
+        self.latents = self.schedule.step(
+            model_output, self.timestep, self.latents, **self.step_arguments, return_dict=False
+        )[0]
+        self.step_index += 1
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """One request from its arrival in the engine to its pixels. Times are `time.perf_counter()` seconds."""
+
+    delivery: Delivery
+    is_alone: bool = False
+    abort: Abort | None = None
+    denoising: Denoising | None = None
+    arrived_s: float = field(default_factory=time.perf_counter)
+    joined_s: float = 0.0
+    text_ms: float = 0.0
+    decode_ms: float = 0.0
+    denoised_s: float = 0.0
+    steps_ms: list[float] = field(default_factory=list)
+
+    @property
+    def request_id(self) -> str:
+        return self.delivery.job.request_id
+
+    @property
+    def model(self) -> str:
+        return self.delivery.job.model
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.delivery.job.params
+
+    @property
+    def is_guided(self) -> bool:
+        """Up to a scale of 1 there is no classifier-free guidance, so no second row."""
+        return self.params.guidance_scale > 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.params.num_images * (2 if self.is_guided else 1)
+
+    @property
+    def group(self) -> Hashable:
+        """Requests of one group can share a forward pass."""
+        alone = self.request_id if self.is_alone else None
+        return self.model, self.params.height, self.params.width, self.params.loras, alone
+
+    @property
+    def step_index(self) -> int:
+        return 0 if self.denoising is None else self.denoising.step_index
+
+    @property
+    def is_finished(self) -> bool:
+        return self.denoising is not None and self.denoising.step_index == self.denoising.num_steps
+
+    @property
+    def wants_preview(self) -> bool:
+        """A finished request needs none: its picture is on the way."""
+        return self.params.previews and not self.is_finished
+
+    def restart(self) -> None:
+        """Forget everything computed so far: the same seed will draw the same noise again."""
+        self.denoising = None
+        self.steps_ms.clear()

@@ -1,0 +1,41 @@
+"""What a worker can be told, by environment variables FEWSTEP_*."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.catalog import CATALOG_PATH
+
+
+class WorkerSettings(BaseSettings):
+    """Frozen, checked when built; a bad value's message names the variable."""
+
+    model_config = SettingsConfigDict(env_prefix="FEWSTEP_", frozen=True, extra="ignore")
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_prefix: str = "fewstep"
+    models: str = Field("mini-lcm", description="catalog entries to keep warm, separated by commas")
+    catalog: Path = CATALOG_PATH
+    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes CUDA where there is one")
+    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
+    worker_metrics_host: str = "127.0.0.1"
+    worker_metrics_port: int = Field(0, ge=0, le=65535, description="0: no metrics endpoint")
+    lease_s: float = Field(15.0, gt=0, description="a worker silent for this long loses its requests to another")
+    max_stall_s: float = Field(60.0, gt=0, description="a step that takes longer counts as hung")
+    drain_s: float = Field(20.0, ge=0, description="how long running requests may finish after SIGTERM")
+    encode_threads: int = Field(2, ge=1)
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    @property
+    def model_names(self) -> list[str]:
+        return [name.strip() for name in self.models.split(",") if name.strip()]
+
+
+def new_worker_id() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"

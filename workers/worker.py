@@ -1,0 +1,280 @@
+"""The worker: startup, main_loop, shutdown.
+
+The event loop only talks to Redis; the device belongs to the engine thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Literal
+
+import torch
+
+from broker.errors import BrokerError, BrokerUnavailable
+from broker.messages import Delivery, WarmModel, WorkerInfo
+from broker.redis_broker import RedisBroker
+from broker.renewal import LeaseRenewer
+from models.catalog import ModelSpec, get_spec, load_catalog
+from models.loading import default_device, default_dtype, load_pipeline
+from workers.engine import Engine, EngineOutput, PreviewReady
+from workers.engine.calibration import warm_up
+from workers.engine.runner import ModelRunner
+from workers.engine_thread import EngineThread
+from workers.holdings import Holdings
+from workers.metrics import WorkerMetrics
+from workers.publisher import Publisher
+from workers.settings import WorkerSettings, new_worker_id
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 3.0
+GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+Report = Callable[[str, str], None]
+
+
+class WorkerState(enum.Enum):
+    NEW = "new"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Worker:
+    """One device and the models it keeps warm. `report(model, detail)` hears of each stage of the start."""
+
+    def __init__(self, settings: WorkerSettings, report: Report = lambda *_: None) -> None:
+        self.settings = settings
+        self.worker_id = new_worker_id()
+        self.metrics = WorkerMetrics()
+        self.state = WorkerState.NEW
+        catalog = load_catalog(settings.catalog)
+        self._specs = [get_spec(catalog, name) for name in settings.model_names]
+        self._device, self._dtype = _placement(settings)
+        self._report_to = report
+        self._detail = ""
+        self._warm_models: tuple[WarmModel, ...] = ()
+        self._holdings = Holdings(max(spec.max_batch_size for spec in self._specs))
+        self._has_room = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._publishing: set[asyncio.Task[None]] = set()
+        self._broker = RedisBroker(settings.redis_url, prefix=settings.redis_prefix)
+        self._engine = EngineThread(self._build_engine, self._hand_over)
+        self._renewer = LeaseRenewer(
+            settings.redis_url, settings.redis_prefix, self.worker_id, settings.lease_s, self._renewable
+        )
+        self._publisher = Publisher(
+            self._broker,
+            self.worker_id,
+            self._holdings,
+            self.metrics,
+            {spec.name: spec.public_revision for spec in self._specs},
+            settings.encode_threads,
+        )
+
+    # Lifecycle
+
+    async def serve(self) -> None:
+        """Runs until `request_stop`. Raises LoadError, WarmUpError or BrokerError when the start fails."""
+        async with self._broker:
+            try:
+                await self.startup()
+                await self.main_loop()
+            finally:
+                await self.shutdown()
+
+    def request_stop(self) -> None:
+        self._stop.set()
+
+    async def startup(self) -> None:
+        """Loads and warms every model on the engine thread; the registry shows the progress."""
+        self._enter(WorkerState.NEW, WorkerState.STARTING)
+        self._loop = asyncio.get_running_loop()
+        if self.settings.worker_metrics_port:
+            self.metrics.serve(self.settings.worker_metrics_host, self.settings.worker_metrics_port)
+        self._engine.start()
+        while not self._engine.built.done() and not self._stop.is_set():
+            await self._heartbeat()
+            await asyncio.sleep(0.2)
+        if self._engine.built.done():
+            self._engine.built.result()
+
+    async def main_loop(self) -> None:
+        """Receives, computes and publishes until asked to stop, then lets running requests finish."""
+        if self._stop.is_set():
+            return
+        self._enter(WorkerState.STARTING, WorkerState.READY)
+        self._renewer.start()
+        self._has_room.set()
+        async with asyncio.TaskGroup() as background:
+            beat, abort, reclaim, *receivers = [
+                background.create_task(_keep_doing(self._beat)),
+                background.create_task(_keep_doing(self._obey_aborts)),
+                background.create_task(_keep_doing(self._reclaim)),
+                *(background.create_task(_keep_doing(self._receive, spec.name)) for spec in self._specs),
+            ]
+            logger.info("ready: %s on %s in %s", ", ".join(self.settings.model_names), self._device, self._dtype)
+            await self._stop.wait()
+            self._enter(WorkerState.READY, WorkerState.DRAINING)
+            # Take nothing new.
+            for task in (reclaim, *receivers):
+                task.cancel()
+            # Let what runs finish; leases are renewed and aborts obeyed meanwhile.
+            await self._drain()
+            beat.cancel()
+            abort.cancel()
+
+    async def shutdown(self) -> None:
+        """Gives back what is unfinished and leaves the registry."""
+        if self.state is WorkerState.STOPPED:
+            return
+        self.state = WorkerState.STOPPED
+        await asyncio.to_thread(self._renewer.stop)
+        # Unfinished requests go back to the head of their lines; this doesn't count as an attempt.
+        unfinished = self._holdings.request_ids
+        for request_id in unfinished:
+            self._holdings.release(request_id)
+        try:
+            if unfinished:
+                logger.warning("handing back %d unfinished requests", len(unfinished))
+                await self._broker.hand_back(self.worker_id, unfinished)
+            await self._broker.unregister(self.worker_id)
+        except BrokerError as error:
+            logger.warning("left without saying goodbye: %s", error)
+        await asyncio.to_thread(self._engine.stop, 5.0)
+        self._publisher.close()
+
+    async def _drain(self) -> None:
+        deadline_s = time.monotonic() + self.settings.drain_s
+        while self._publishing or self._holdings.request_ids:
+            if time.monotonic() > deadline_s:
+                return
+            await asyncio.sleep(0.02)
+
+    def _enter(self, expected: WorkerState, state: WorkerState) -> None:
+        assert self.state is expected, f"{state} follows {expected}, not {self.state}"
+        self.state = state
+
+    # On the engine thread
+
+    def _build_engine(self) -> Engine:
+        engine = Engine({spec.name: self._load(spec) for spec in self._specs})
+        self._warm_models = tuple(self._warm_up(engine, spec) for spec in self._specs)
+        return engine
+
+    def _load(self, spec: ModelSpec) -> ModelRunner:
+        self._report(spec.name, "loading")
+        pipeline = load_pipeline(spec, self._device, self._dtype)
+        return ModelRunner(pipeline, GPU_BATCH_SIZES if self._device.type == "cuda" else None)
+
+    def _warm_up(self, engine: Engine, spec: ModelSpec) -> WarmModel:
+        warm_model = warm_up(engine, spec.name, lambda detail: self._report(spec.name, f"warming {detail}"))
+        self.metrics.warm.labels(spec.name).set(1)
+        return warm_model
+
+    def _report(self, model: str, detail: str) -> None:
+        self._detail = f"{model}: {detail}"
+        self._report_to(model, detail)
+
+    def _hand_over(self, outputs: list[EngineOutput]) -> None:
+        self._loop.call_soon_threadsafe(self._handle, outputs)
+
+    # From Redis to the engine
+
+    async def _receive(self, model: str) -> None:
+        await self._has_room.wait()
+        if self._holdings.room:
+            self._take(await self._broker.receive(self.worker_id, model, self._holdings.room))
+        else:
+            self._has_room.clear()
+
+    async def _reclaim(self) -> None:
+        await asyncio.sleep(self.settings.lease_s / 2 * random.uniform(0.8, 1.2))
+        for spec in self._specs:
+            if room := self._holdings.room:
+                self._take(await self._broker.reclaim(self.worker_id, spec.name, self.settings.lease_s, room))
+
+    def _take(self, deliveries: list[Delivery]) -> None:
+        for delivery in deliveries:
+            self._holdings.take(delivery)
+            self.metrics.redeliveries.inc(delivery.attempt > 1)
+            self._engine.add(delivery)
+        self.metrics.running.set(self._holdings.num_rows)
+
+    async def _obey_aborts(self) -> None:
+        after = "0"
+        while True:
+            after, aborts = await self._broker.read_aborts(self.worker_id, after)
+            for abort in aborts:
+                if abort.reason == "lost":
+                    self._holdings.release(abort.request_id)
+                self._engine.abort(abort)
+
+    # From the engine to Redis
+
+    def _handle(self, outputs: list[EngineOutput]) -> None:
+        for output in outputs:
+            if isinstance(output, PreviewReady):
+                self._publish(self._publisher.publish_preview(output))
+            else:
+                self._holdings.free_rows(output.request.request_id)
+                self._publish(self._publisher.publish_ending(output))
+        self.metrics.running.set(self._holdings.num_rows)
+        if self._holdings.room:
+            self._has_room.set()
+
+    def _publish(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
+
+    # Background
+
+    async def _beat(self) -> None:
+        await self._heartbeat()
+        if self._device.type == "cuda":
+            self.metrics.gpu_memory.set(torch.cuda.memory_allocated(self._device))
+        await asyncio.sleep(HEARTBEAT_S)
+
+    async def _heartbeat(self) -> None:
+        states: dict[WorkerState, Literal["ready", "draining"]] = {
+            WorkerState.READY: "ready",
+            WorkerState.DRAINING: "draining",
+        }
+        await self._broker.register(
+            WorkerInfo(
+                worker_id=self.worker_id,
+                state=states.get(self.state, "starting"),
+                device=str(self._device),
+                dtype=str(self._dtype).removeprefix("torch."),
+                warm_models=self._warm_models,
+                num_running=self._holdings.num_running,
+                detail="" if self.state in states else self._detail,
+            )
+        )
+
+    def _renewable(self) -> list[str]:
+        """What this worker still works on; nothing when the engine hangs, so that others may take it over."""
+        is_hung = self._engine.is_stalled(self.settings.max_stall_s)
+        return [] if is_hung else self._holdings.request_ids
+
+
+def _placement(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
+    device = default_device() if settings.device == "auto" else torch.device(settings.device)
+    dtype: torch.dtype = default_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return device, dtype
+
+
+async def _keep_doing(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    """Again and again; with a pause while Redis is away."""
+    while True:
+        try:
+            await work(*arguments)
+        except BrokerUnavailable as error:
+            logger.warning("Redis is away: %s", error)
+            await asyncio.sleep(random.uniform(0.3, 1.0))
