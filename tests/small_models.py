@@ -145,3 +145,30 @@ def _make_tokenizer() -> CLIPTokenizerFast:
         pad_token=special[1],
         model_max_length=16,
     )
+
+
+def write_small_catalog(root: Path) -> Path:
+    """A catalog file whose only entry, "small", is `small_spec`."""
+    spec = small_spec(root)
+    path = root / "catalog.toml"
+    schedulers = "\n".join(f'{name} = {{ class_name = "{s.class_name}" }}' for name, s in spec.schedulers.items())
+    path.write_text(
+        f"""
+[small]
+description = "{spec.description}"
+family = "sd"
+source = "{spec.source}"
+license = "{spec.license}"
+tiny_vae = "{spec.tiny_vae}"
+default_scheduler = "lcm"
+num_inference_steps = {{ default = 4, min = 1, max = 50 }}
+guidance_scale = {{ default = 0, min = 0, max = 5 }}
+sizes = [[32, 32], [48, 32]]
+warm_sizes = [[32, 32]]
+max_batch_size = 8
+[small.schedulers]
+{schedulers}
+""",
+        encoding="utf-8",
+    )
+    return path

@@ -6,6 +6,7 @@ import os
 import socket
 import uuid
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -30,7 +31,7 @@ class WorkerSettings(BaseSettings):
     max_stall_s: float = Field(60.0, gt=0, description="a step that takes longer counts as hung")
     drain_s: float = Field(20.0, ge=0, description="how long running requests may finish after SIGTERM")
     encode_threads: int = Field(2, ge=1)
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property
     def model_names(self) -> list[str]:

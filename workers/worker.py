@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from broker.errors import BrokerError, BrokerUnavailable
-from broker.messages import Delivery, WarmModel, WorkerInfo
+from broker.messages import Abort, Delivery, WarmModel, WorkerInfo
 from broker.redis_broker import RedisBroker
 from broker.renewal import LeaseRenewer
 from models.catalog import ModelSpec, get_spec, load_catalog
@@ -66,7 +66,12 @@ class Worker:
         self._broker = RedisBroker(settings.redis_url, prefix=settings.redis_prefix)
         self._engine = EngineThread(self._build_engine, self._hand_over)
         self._renewer = LeaseRenewer(
-            settings.redis_url, settings.redis_prefix, self.worker_id, settings.lease_s, self._renewable
+            settings.redis_url,
+            settings.redis_prefix,
+            self.worker_id,
+            settings.lease_s,
+            self._renewable,
+            lambda abort: self._loop.call_soon_threadsafe(self._obey, abort),
         )
         self._publisher = Publisher(
             self._broker,
@@ -211,9 +216,12 @@ class Worker:
         while True:
             after, aborts = await self._broker.read_aborts(self.worker_id, after)
             for abort in aborts:
-                if abort.reason == "lost":
-                    self._holdings.release(abort.request_id)
-                self._engine.abort(abort)
+                self._obey(abort)
+
+    def _obey(self, abort: Abort) -> None:
+        if abort.reason == "lost":
+            self._holdings.release(abort.request_id)
+        self._engine.abort(abort)
 
     # From the engine to Redis
 

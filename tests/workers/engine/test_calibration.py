@@ -26,7 +26,7 @@ def test_the_cost_table_covers_every_batch_size(engine: Engine) -> None:
     ("broken", "message"),
     [
         (lambda latents: torch.zeros(len(latents), 32, 32, 3, dtype=torch.uint8), "one constant colour"),
-        (lambda latents: 1 / 0, "division by zero"),
+        (lambda _: 1 / 0, "division by zero"),
     ],
 )
 def test_an_unsound_picture_fails_the_start(

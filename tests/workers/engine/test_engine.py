@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from broker.messages import Abort
-from models.pipeline import FewStepPipeline
+from models.pipeline import Conditioning, FewStepPipeline
 from tests.jobs import make_delivery
 from workers.engine import Aborted, Engine, EngineOutput, Finished, GenerationFailed, PreviewReady
 from workers.engine.engine import run_until_done
@@ -125,8 +125,13 @@ def test_sizes_are_separate_groups_that_take_turns(engine: Engine) -> None:
 
 def test_a_prompt_is_encoded_once(pipeline: FewStepPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str | None] = []
-    original = pipeline.encode_prompts
-    monkeypatch.setattr(pipeline, "encode_prompts", lambda texts: (encoded.extend(texts), original(texts))[1])
+    encode_prompts = pipeline.encode_prompts
+
+    def record(texts: Sequence[str | None]) -> list[Conditioning]:
+        encoded.extend(texts)
+        return encode_prompts(texts)
+
+    monkeypatch.setattr(pipeline, "encode_prompts", record)
     engine = Engine({"small": ModelRunner(pipeline)})
     for _ in range(2):
         engine.add(make_delivery(guidance_scale=2.0))

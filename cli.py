@@ -1,0 +1,327 @@
+"""The `fewstep` command. Each subcommand imports its own side, so the gateway never loads torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, die_with_parent
+
+if TYPE_CHECKING:
+    from broker.messages import SamplingParams
+    from models.catalog import ModelSpec
+    from workers.settings import WorkerSettings
+    from workers.worker import Report
+
+logger = logging.getLogger("fewstep")
+console = Console(stderr=True)
+
+app = typer.Typer(
+    help="Real-time text-to-image with few-step diffusion models. Start with: fewstep serve",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="What can be served.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="An entry of the catalog; see: fewstep models list")]
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    model: ModelOption = "mini-lcm",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the embedded Redis; a temporary one if none.")
+    ] = None,
+) -> None:
+    """Everything in one: Redis, gateway, one worker and the web page.
+
+    Uses the Redis of FEWSTEP_REDIS_URL, or starts one of its own. Ctrl-C ends all of it.
+
+    Example: fewstep serve --port 9000
+    """
+    from app.settings import GatewaySettings, SettingsError, check_exposure
+    from broker.embedded import resolve
+    from broker.errors import BrokerError
+    from models.catalog import CatalogError, get_spec, load_catalog
+
+    _configure_logging()
+    try:
+        settings = GatewaySettings.load(host=host, port=port, default_model=model)
+        check_exposure(settings)
+        get_spec(load_catalog(), model)
+        _check_port(host, port)
+        with resolve(data_dir=data_dir) as redis_url:
+            _supervise(settings.host, port, model, redis_url)
+    except (SettingsError, BrokerError, CatalogError, OSError) as error:
+        _fail(str(error))
+    except ChildFailed as error:
+        raise typer.Exit(EX_CONFIG) from error
+
+
+def _supervise(host: str, port: int, model: str, redis_url: str) -> None:
+    environment = {"FEWSTEP_REDIS_URL": redis_url}
+    gateway = {"FEWSTEP_HOST": host, "FEWSTEP_PORT": str(port), "FEWSTEP_DEFAULT_MODEL": model}
+    children = [
+        Child("gateway", ["gateway"], environment | gateway),
+        Child("worker", ["worker"], environment | {"FEWSTEP_MODELS": model}, stop_timeout_s=25),
+    ]
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else _bracketed(host)}:{port}"
+
+    def announce() -> None:
+        console.print(f"[bold green]fewstep is ready:[/] open [link={url}]{url}[/link]   (Ctrl-C ends it)")
+
+    Supervisor(children).run(lambda: _answers_ready(url), announce)
+    console.print("fewstep has ended")
+
+
+@app.command()
+def gateway() -> None:
+    """The HTTP side alone. Settings are FEWSTEP_* variables: FEWSTEP_REDIS_URL, FEWSTEP_HOST, FEWSTEP_PORT, …
+
+    Example: FEWSTEP_REDIS_URL=redis://10.0.0.5:6379 fewstep gateway
+    """
+    from app.main import run
+    from app.settings import GatewaySettings, SettingsError
+    from broker.errors import BrokerError
+    from models.catalog import CatalogError
+
+    _configure_logging()
+    try:
+        run(GatewaySettings.load())
+    except (SettingsError, BrokerError, CatalogError, OSError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def worker() -> None:
+    """One worker: keeps the models of FEWSTEP_MODELS warm and takes work from the Redis of FEWSTEP_REDIS_URL.
+
+    Start as many as there are GPUs, on as many machines as you like.
+
+    Example: FEWSTEP_MODELS=mini-lcm FEWSTEP_DEVICE=cuda:1 fewstep worker
+    """
+    from pydantic import ValidationError
+
+    from broker.errors import BrokerError
+    from models.catalog import CatalogError
+    from models.loading import LoadError
+    from workers.engine.calibration import WarmUpError
+    from workers.settings import WorkerSettings
+
+    _configure_logging()
+    try:
+        asyncio.run(_run_worker(WorkerSettings()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"FEWSTEP_{str(first['loc'][0]).upper()}={first['input']!r}: {first['msg']}")
+    except (LoadError, WarmUpError, CatalogError) as error:
+        _fail(str(error))
+    except BrokerError as error:
+        _fail(str(error), status=1)
+
+
+async def _run_worker(settings: WorkerSettings) -> None:
+    from workers.worker import Worker
+
+    with _load_progress(settings) as report:
+        worker = Worker(settings, report)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, worker.request_stop)
+        await worker.serve()
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .png, .jpg or .webp.")] = Path(
+        "out.png"
+    ),
+    model: ModelOption = "mini-lcm",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's default if none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same picture; random if none.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance", help="Above 1: classifier-free guidance.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid; needs guidance above 1.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="One of the model's schedulers.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, one of the model's sizes.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, one of the model's sizes.")] = None,
+) -> None:
+    """One picture, without a server.
+
+    Example: fewstep generate "a red apple on a blue background" -o apple.png
+    """
+    from app.admission import Defaults, complete
+    from app.errors import GatewayError
+    from app.schemas import GenerationFields
+    from models.catalog import CatalogError, get_spec, load_catalog
+
+    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+    if output.suffix.lower() not in formats:
+        _fail(f"--output {output}: the name must end in {', '.join(formats)}")
+    fields = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "scheduler": scheduler,
+        "width": width,
+        "height": height,
+        "output_format": formats[output.suffix.lower()],
+    }
+    try:
+        spec = get_spec(load_catalog(), model)
+        params = complete(GenerationFields.model_validate(fields), spec, Defaults(output_format="png"))
+        _draw(spec, params, output)
+    except (CatalogError, GatewayError, ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _draw(spec: ModelSpec, params: SamplingParams, output: Path) -> None:
+    from broker.messages import Delivery, Job
+    from models.loading import LoadError, default_device, default_dtype, load_pipeline
+    from workers.engine import Engine, Finished, GenerationFailed
+    from workers.engine.engine import run_until_done
+    from workers.engine.runner import ModelRunner
+    from workers.images import encode_picture
+
+    _hush_libraries()
+    device = default_device()
+    try:
+        with console.status(f"loading {spec.name}"):
+            pipeline = load_pipeline(spec, device, default_dtype(device))
+    except LoadError as error:
+        _fail(str(error))
+    engine = Engine({spec.name: ModelRunner(pipeline)})
+    job = Job("cli", spec.name, params, lane="api", owner="cli", gateway_id=None, keep_s=0)
+    engine.add(Delivery(job, attempt=1, waited_ms=0))
+    match run_until_done(engine):
+        case [Finished(request=request, pixels=pixels)]:
+            output.write_bytes(encode_picture(job, 0, pixels[0]).data)
+            steps_ms = ", ".join(f"{ms:.0f}" for ms in request.steps_ms)
+            console.print(f"{output}: seed {params.seed}, steps {steps_ms} ms, decode {request.decode_ms:.0f} ms")
+        case [GenerationFailed(error=reason)]:
+            _fail(f"{type(reason).__name__}: {reason}")
+        case outputs:
+            raise AssertionError(f"one request gave {outputs}")
+
+
+@models_app.command("list")
+def list_models() -> None:
+    """The catalog: names, steps, sizes, licences."""
+    from rich.table import Table
+
+    from models.catalog import CatalogError, load_catalog
+
+    table = Table("name", "steps", "sizes", "licence", "description", box=None, pad_edge=False)
+    try:
+        catalog = load_catalog()
+    except CatalogError as error:
+        _fail(str(error))
+    for spec in catalog.values():
+        steps = spec.num_inference_steps
+        sizes = ", ".join(f"{width}x{height}" for width, height in spec.sizes)
+        table.add_row(spec.name, f"{steps.default} ({steps.min}-{steps.max})", sizes, spec.license, spec.description)
+    Console().print(table)
+
+
+@contextmanager
+def _load_progress(settings: WorkerSettings) -> Iterator[Report]:
+    """A bar on a terminal, log lines elsewhere."""
+    _hush_libraries()
+    if not console.is_terminal:
+        yield lambda model, detail: logger.info("%s: %s", model, detail)
+        return
+    from models.catalog import get_spec, load_catalog
+    from workers.engine.calibration import num_warm_ups
+
+    catalog = load_catalog(settings.catalog)
+    total = sum(1 + num_warm_ups(get_spec(catalog, name)) for name in settings.model_names)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=total)
+
+        def report(model: str, detail: str) -> None:
+            progress.update(task, description=f"{model}: {detail}")
+            progress.advance(task)
+            if progress.finished:
+                progress.stop()
+
+        yield report
+
+
+def _hush_libraries() -> None:
+    """Their progress bars and hints would drown ours; errors still show."""
+    import diffusers
+    import transformers
+
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _configure_logging() -> None:
+    level = os.environ.get("FEWSTEP_LOG_LEVEL", "info").upper()
+    logging.basicConfig(
+        level=level if level in logging.getLevelNamesMapping() else "INFO",
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+
+
+def _check_port(host: str, port: int) -> None:
+    """Fails early with one line, before anything is started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(f"can't listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+
+
+def _answers_ready(url: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _fail(message: str, status: int = EX_CONFIG) -> NoReturn:
+    console.print(f"fewstep: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    die_with_parent()
+    app()
+
+
+if __name__ == "__main__":
+    main()

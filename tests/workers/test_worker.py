@@ -1,0 +1,220 @@
+"""A real Worker on a real Redis, with a small model of random weights."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from broker.errors import RequestNotFound
+from broker.messages import Cancelled, Completed, Failed, Job, JobEvent, Preview, Started, TerminalEvent
+from broker.redis_broker import Limits, RedisBroker
+from models.loading import LoadError
+from tests.jobs import make_job
+from tests.service import spawn
+from tests.small_models import write_small_catalog
+from workers.settings import WorkerSettings
+from workers.worker import Worker
+
+
+@pytest.fixture(scope="session")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_catalog(tmp_path_factory.mktemp("catalog"))
+
+
+@pytest.fixture
+def settings(redis_url: str, prefix: str, catalog: Path) -> WorkerSettings:
+    return WorkerSettings(redis_url=redis_url, redis_prefix=prefix, catalog=catalog, models="small", lease_s=1.0)
+
+
+@asynccontextmanager
+async def running(settings: WorkerSettings, broker: RedisBroker) -> AsyncIterator[Worker]:
+    worker = Worker(settings)
+    task = asyncio.create_task(worker.serve())
+    try:
+        await until(lambda: is_ready(broker), task)
+        yield worker
+    finally:
+        worker.request_stop()
+        await task
+
+
+async def is_ready(broker: RedisBroker) -> bool:
+    return any(info.state == "ready" for info in await broker.workers())
+
+
+async def until(
+    condition: Callable[[], Awaitable[bool]], task: asyncio.Task[None] | None = None, timeout_s: float = 30
+) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not await condition():
+            if task is not None and task.done():
+                task.result()
+            await asyncio.sleep(0.02)
+
+
+async def submit(broker: RedisBroker, *jobs: Job) -> None:
+    for job in jobs:
+        await broker.submit(job, Limits())
+
+
+async def events_of(broker: RedisBroker, *jobs: Job, timeout_s: float = 30) -> dict[str, list[JobEvent]]:
+    """All events of the jobs, until each has ended."""
+    events: dict[str, list[JobEvent]] = {job.request_id: [] for job in jobs}
+    after = "0"
+    async with asyncio.timeout(timeout_s):
+        while not all(log and isinstance(log[-1], TerminalEvent) for log in events.values()):
+            after, logged = await broker.read_replies("gateway", after)
+            for item in logged:
+                events[item.event.request_id].append(item.event)
+    return events
+
+
+async def test_a_job_becomes_a_picture(settings: WorkerSettings, broker: RedisBroker) -> None:
+    job = make_job(previews=True, num_images=2)
+    async with running(settings, broker) as worker:
+        await submit(broker, job)
+        accepted, started, *previews, completed = (await events_of(broker, job))[job.request_id]
+    assert accepted.type == "accepted"
+    assert isinstance(started, Started)
+    assert started.worker_id == worker.worker_id
+    assert previews
+    assert all(isinstance(preview, Preview) and preview.step < 4 for preview in previews)
+    assert isinstance(completed, Completed)
+    assert [(picture.index, picture.seed) for picture in completed.pictures] == [(0, 7), (1, 8)]
+    with Image.open(io.BytesIO(completed.pictures[0].data)) as image:
+        assert (image.format, image.size) == ("PNG", (32, 32))
+    timings = completed.timings
+    assert len(timings.steps_ms) == 4
+    parts = timings.queue_ms + timings.text_ms + timings.denoise_ms + timings.decode_ms + timings.encode_ms
+    assert 0 < parts <= timings.total_ms + 1
+    assert min(timings.text_ms, timings.denoise_ms, timings.decode_ms, timings.encode_ms) > 0
+
+
+async def test_warmth_is_shown_in_the_registry_and_ends_with_the_worker(
+    settings: WorkerSettings, broker: RedisBroker
+) -> None:
+    async with running(settings, broker):
+        (info,) = await broker.workers()
+        assert [warm.model for warm in info.warm_models] == ["small"]
+        assert list(info.warm_models[0].step_ms) == [1, 2, 4, 8]
+    assert await broker.workers() == []
+
+
+async def test_many_jobs_of_different_kinds(settings: WorkerSettings, broker: RedisBroker) -> None:
+    kinds = [{"num_inference_steps": 1}, {"scheduler": "ddim"}, {"width": 48}, {"guidance_scale": 2.0}, {"seed": 3}]
+    jobs = [make_job(**kinds[i % len(kinds)]) for i in range(30)]
+    async with running(settings, broker):
+        await submit(broker, *jobs)
+        events = await events_of(broker, *jobs)
+    assert all(isinstance(log[-1], Completed) for log in events.values())
+    assert all(sum(isinstance(event, TerminalEvent) for event in log) == 1 for log in events.values())
+
+
+async def test_a_running_request_is_cancelled(settings: WorkerSettings, broker: RedisBroker) -> None:
+    job = make_job(num_inference_steps=50, num_images=4)
+    async with running(settings, broker):
+        await submit(broker, job)
+        await until(lambda: has_started(broker, job))
+        await broker.cancel(job.request_id)
+        events = await events_of(broker, job)
+    assert isinstance(events[job.request_id][-1], Cancelled)
+
+
+async def has_started(broker: RedisBroker, job: Job) -> bool:
+    return (await broker.status(job.request_id)).state == "running"
+
+
+async def test_a_request_that_the_model_cannot_do_fails_with_words(
+    settings: WorkerSettings, broker: RedisBroker
+) -> None:
+    bad, good = make_job(num_inference_steps=51), make_job()
+    async with running(settings, broker):
+        await submit(broker, bad, good)
+        events = await events_of(broker, bad, good)
+    failed = events[bad.request_id][-1]
+    assert isinstance(failed, Failed)
+    assert failed.error.code == "internal_error"
+    assert isinstance(events[good.request_id][-1], Completed)
+
+
+async def test_a_drain_finishes_what_runs_and_leaves_the_rest(settings: WorkerSettings, broker: RedisBroker) -> None:
+    jobs = [make_job(num_inference_steps=20) for _ in range(40)]
+    async with running(settings, broker) as worker:
+        await submit(broker, *jobs)
+        await until(lambda: has_started(broker, jobs[0]))
+        worker.request_stop()
+    states = [(await broker.status(job.request_id)).state for job in jobs]
+    assert states[0] == "completed"
+    assert states[-1] == "queued"
+    assert set(states) == {"completed", "queued"}
+
+
+async def test_a_drain_that_takes_too_long_hands_back_without_counting_an_attempt(
+    settings: WorkerSettings, broker: RedisBroker
+) -> None:
+    job = make_job(num_inference_steps=50, num_images=4)
+    async with running(settings.model_copy(update={"drain_s": 0.0}), broker) as worker:
+        await submit(broker, job)
+        await until(lambda: has_started(broker, job))
+        worker.request_stop()
+    assert (await broker.status(job.request_id)).state == "queued"
+    async with running(settings, broker):
+        events = await events_of(broker, job)
+    assert [event.attempt for event in events[job.request_id] if isinstance(event, Started)] == [1, 1]
+    assert isinstance(events[job.request_id][-1], Completed)
+
+
+async def test_sigkill_of_the_worker_and_the_request_finishes_elsewhere(
+    settings: WorkerSettings, broker: RedisBroker, tmp_path: Path
+) -> None:
+    job = replace(make_job(num_inference_steps=50, num_images=4), keep_s=60)
+    process = spawn(
+        "worker",
+        log=tmp_path / "worker.log",
+        FEWSTEP_REDIS_URL=settings.redis_url,
+        FEWSTEP_REDIS_PREFIX=settings.redis_prefix,
+        FEWSTEP_CATALOG=str(settings.catalog),
+        FEWSTEP_MODELS="small",
+        FEWSTEP_LEASE_S="1",
+    )
+    try:
+        await until(lambda: is_ready(broker), timeout_s=60)
+        await submit(broker, job)
+        await until(lambda: has_started(broker, job))
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(10) == -signal.SIGKILL
+        assert (await broker.status(job.request_id)).state == "running"
+        async with running(settings, broker):
+            events = (await events_of(broker, job))[job.request_id]
+    finally:
+        process.kill()
+        process.wait()
+    assert [event.attempt for event in events if isinstance(event, Started)] == [1, 2]
+    assert isinstance(events[-1], Completed)
+
+
+async def test_a_damaged_weight_file_is_named(settings: WorkerSettings, tmp_path: Path) -> None:
+    catalog = write_small_catalog(tmp_path)
+    weights = next((tmp_path / "sd" / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(LoadError, match=r"small: .*unet.*is not a sound safetensors file"):
+        await Worker(settings.model_copy(update={"catalog": catalog})).serve()
+
+
+async def test_results_are_gone_after_their_time(settings: WorkerSettings, broker: RedisBroker) -> None:
+    job = replace(make_job(), keep_s=0.2)
+    async with running(settings, broker):
+        await submit(broker, job)
+        await events_of(broker, job)
+        await asyncio.sleep(0.4)
+    with pytest.raises(RequestNotFound):
+        await broker.status(job.request_id)
