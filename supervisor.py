@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class ChildFailed(Exception):
 class Child:
     """One process under supervision: `arguments` of the fewstep command, `environment` beside our own."""
 
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "cli")
+
     name: str
     arguments: Sequence[str]
     environment: dict[str, str]
@@ -50,9 +53,7 @@ class Child:
     def start(self) -> None:
         environment = os.environ | self.environment | {PARENT_VARIABLE: str(os.getpid())}
         # A session of its own: Ctrl-C reaches the parent alone, which stops its children in order.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "cli", *self.arguments], env=environment, start_new_session=True
-        )
+        self.process = subprocess.Popen([*self.command, *self.arguments], env=environment, start_new_session=True)
         self.started_s = time.monotonic()
 
     def stop(self) -> None:

@@ -1,0 +1,118 @@
+"""Real loading code on small folders of the same architecture."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.catalog import LoraSpec, ModelSpec
+from models.loading import LoadError, load_diffusers, load_pipeline
+from tests.small_models import small_spec
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    return small_spec(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def own_spec(spec: ModelSpec, tmp_path: Path) -> ModelSpec:
+    """A copy whose files a test may damage."""
+    shutil.copytree(Path(spec.source).parent, tmp_path, dirs_exist_ok=True)
+    return small_spec(tmp_path)
+
+
+def draw(spec: ModelSpec) -> np.ndarray:
+    image = load_diffusers(spec, CPU, torch.float32)(
+        "a red apple", num_inference_steps=2, guidance_scale=0, generator=torch.Generator().manual_seed(0)
+    ).images[0]
+    return np.asarray(image).astype(int)
+
+
+def unet_file(spec: ModelSpec) -> Path:
+    return next((Path(spec.source) / "unet").glob("*.safetensors"))
+
+
+def test_the_lora_is_fused(spec: ModelSpec) -> None:
+    without = draw(spec.model_copy(update={"lora": None}))
+    assert np.abs(draw(spec) - without).max() > 5
+    assert lora_layers(spec) == []
+
+
+def lora_layers(spec: ModelSpec) -> list[str]:
+    unet = load_diffusers(spec, CPU, torch.float32).unet
+    return [name for name, _ in unet.named_modules() if "lora" in name]
+
+
+def test_half_of_a_lora_is_something_else(spec: ModelSpec) -> None:
+    assert spec.lora is not None
+    half = spec.model_copy(update={"lora": LoraSpec(source=spec.lora.source, scale=0.5)})
+    assert np.abs(draw(half) - draw(spec)).max() > 2
+
+
+def test_a_variant_is_taken_where_there_is_one(own_spec: ModelSpec) -> None:
+    load_diffusers(own_spec, CPU, torch.float32).save_pretrained(own_spec.source, variant="fp16")
+    for path in Path(own_spec.source).rglob("*.safetensors"):
+        if ".fp16." not in path.name:
+            path.unlink()
+    load_pipeline(own_spec.model_copy(update={"variant": "fp16", "lora": None}), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_computes_in_one_dtype(spec: ModelSpec, dtype: torch.dtype) -> None:
+    pipeline = load_pipeline(spec, CPU, dtype)
+    latents = torch.randn(1, *pipeline.latent_shape(32, 32))
+    (conditioning,) = pipeline.encode_prompts(["a red apple"])
+    assert conditioning.prompt_embeds.dtype == dtype
+    assert pipeline.predict(latents, torch.tensor([999.0]), [conditioning]).dtype == torch.float32
+    for pixels in (pipeline.decode(latents), pipeline.preview(latents)):
+        assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (1, 32, 32, 3))
+
+
+def test_without_a_tiny_decoder_previews_take_the_full_one(spec: ModelSpec) -> None:
+    pipeline = load_pipeline(spec.model_copy(update={"tiny_vae": None}), CPU, torch.float32)
+    latents = torch.randn(1, *pipeline.latent_shape(32, 32))
+    assert torch.equal(pipeline.preview(latents), pipeline.decode(latents))
+
+
+def test_a_missing_folder(spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(LoadError, match=r"small: can't load StableDiffusionPipeline from .*nowhere"):
+        load_pipeline(spec.model_copy(update={"source": str(tmp_path / "nowhere")}), CPU, torch.float32)
+
+
+def test_a_truncated_weight_file(own_spec: ModelSpec) -> None:
+    path = unet_file(own_spec)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(LoadError, match=rf"small: {path} is not a sound safetensors file"):
+        load_pipeline(own_spec, CPU, torch.float32)
+
+
+def test_a_missing_component(own_spec: ModelSpec) -> None:
+    shutil.rmtree(Path(own_spec.source) / "vae")
+    with pytest.raises(LoadError, match="small: can't load StableDiffusionPipeline"):
+        load_pipeline(own_spec, CPU, torch.float32)
+
+
+def test_pickles_are_never_read(own_spec: ModelSpec) -> None:
+    path = unet_file(own_spec)
+    torch.save({"weight": torch.ones(1)}, path.with_suffix(".bin"))
+    path.unlink()
+    with pytest.raises(LoadError, match="small: can't load StableDiffusionPipeline"):
+        load_pipeline(own_spec, CPU, torch.float32)
+
+
+def test_a_lora_of_another_architecture(own_spec: ModelSpec) -> None:
+    from safetensors.torch import load_file, save_file
+
+    assert own_spec.lora is not None
+    path = Path(own_spec.lora.source) / own_spec.lora.weight_name
+    save_file({name: torch.cat([tensor, tensor]) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(LoadError, match="small: can't fuse the LoRA"):
+        load_pipeline(own_spec, CPU, torch.float32)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.small_models import write_small_catalog
+
+
+def fewstep(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("FEWSTEP_")}
+    return subprocess.run(
+        [sys.executable, "-m", "cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=clean | environment | {"COLUMNS": "200"},
+    )
+
+
+def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str, status: int = 78) -> None:
+    assert result.returncode == status, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("fewstep: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize("command", ["serve", "gateway", "worker", "generate", "models"])
+def test_help_teaches(command: str) -> None:
+    assert command in fewstep("--help").stdout
+    result = fewstep(command, "--help")
+    assert result.returncode == 0
+    assert command == "models" or "Example: " in result.stdout
+
+
+def test_the_catalog_is_listed() -> None:
+    output = fewstep("models", "list").stdout
+    assert "mini-lcm" in output
+    assert "sd15-lcm" in output
+
+
+def test_generate_draws_a_reproducible_picture(tmp_path: Path) -> None:
+    prompt = "a red apple on a blue background"
+    for name in ("one.png", "two.png"):
+        result = fewstep("generate", prompt, "-o", str(tmp_path / name), "--seed", "3")
+        assert result.returncode == 0, result.stderr
+        assert "seed 3" in result.stderr
+    one, two = ((tmp_path / name).read_bytes() for name in ("one.png", "two.png"))
+    assert one == two
+    with Image.open(io.BytesIO(one)) as image:
+        assert image.size == (64, 64)
+        assert json.loads(image.info["parameters"])["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "999"], ["num_inference_steps", "999", "1 to"]),
+        (["--width", "65"], ["65", "64x64"]),
+        (["--scheduler", "magic"], ["scheduler", "magic", "lcm"]),
+        (["--model", "nothing"], ["unknown model 'nothing'", "mini-lcm"]),
+        (["-o", "picture.txt"], ["picture.txt", ".png"]),
+    ],
+)
+def test_bad_input_is_named(arguments: list[str], words: list[str]) -> None:
+    assert_one_clear_line(fewstep("generate", "an apple", *arguments), *words)
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert_one_clear_line(fewstep("serve", "--port", port), port, "Address already in use", "--port")
+
+
+def test_a_host_that_others_can_reach_needs_permission() -> None:
+    assert_one_clear_line(fewstep("serve", "--host", "0.0.0.0"), "0.0.0.0", "FEWSTEP_ALLOW_ANONYMOUS")
+
+
+def test_a_redis_that_does_not_answer() -> None:
+    assert_one_clear_line(fewstep("serve", FEWSTEP_REDIS_URL="redis://127.0.0.1:1"), "Redis", "127.0.0.1:1")
+
+
+def test_an_unknown_model() -> None:
+    assert_one_clear_line(fewstep("serve", "--model", "nothing"), "unknown model 'nothing'", "mini-lcm")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("FEWSTEP_DTYPE", "float7"), ("FEWSTEP_LEASE_S", "-1"), ("FEWSTEP_MODELS", "nothing")]
+)
+def test_a_bad_worker_setting(variable: str, value: str) -> None:
+    result = fewstep("worker", **{variable: value})
+    assert result.returncode == 78
+    assert value in result.stderr.splitlines()[-1]
+
+
+def test_a_damaged_model_ends_serve_with_its_name(tmp_path: Path) -> None:
+    catalog = write_small_catalog(tmp_path)
+    weights = next((tmp_path / "sd" / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = fewstep("serve", "--model", "small", "--port", "18431", FEWSTEP_CATALOG=str(catalog))
+    assert result.returncode == 78
+    reasons = [line for line in result.stderr.splitlines() if line.startswith("fewstep: ")]
+    assert reasons == [line for line in reasons if str(weights) in line and "not a sound safetensors file" in line]
+    assert len(reasons) == 1
