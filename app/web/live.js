@@ -1,0 +1,300 @@
+/**
+ * The live WebSocket of fewstep, without a page: words in, pictures out.
+ *
+ * ```js
+ * const live = new LiveClient("wss://example.org/v1/live");
+ * live.on("picture", (picture) => {
+ *   show(picture.header.type, picture.image); // "preview" or "final", and a Blob
+ *   live.ack(picture);
+ * });
+ * live.connect();
+ * live.generate({ prompt: "a red apple on a blue background", previews: true });
+ * ```
+ *
+ * Call `generate` at every change: the server draws the newest words and drops what they replace. The client
+ * reconnects by itself and then sends its newest unfinished request again. docs/live-protocol.md has every frame.
+ *
+ * @module
+ */
+
+export const SUBPROTOCOL = "fewstep.live.v1";
+
+/** Close codes after which another try can't succeed by itself. */
+const FINAL_CLOSE_CODES = new Set([1002, 1003, 1008, 4401]);
+/** The server closed a connection that nobody used: the next request opens a new one. */
+const IDLE_CLOSE_CODE = 4408;
+/** Our message was too big: sending it again would end the same way. */
+const TOO_BIG_CLOSE_CODE = 1009;
+
+const FIRST_DELAY_MS = 250;
+const LONGEST_DELAY_MS = 10_000;
+/** A server answers every request at once, if only with "queued". Silence for this long means a dead connection. */
+const LONGEST_SILENCE_MS = 8_000;
+
+/**
+ * What to draw: the fields of `POST /v1/generations`, and `refine`.
+ *
+ * @typedef {object} LiveRequest
+ * @property {string} prompt
+ * @property {string} [model]
+ * @property {number} [seed] without one, the connection keeps the seed that `ready` told
+ * @property {boolean} [previews]
+ * @property {{after_ms?: number, num_inference_steps?: number, decoder?: string}} [refine]
+ */
+
+/**
+ * @typedef {object} PictureHeader
+ * @property {"preview" | "final"} type
+ * @property {number} frame counts up within one connection
+ * @property {number} seq the request that it answers
+ * @property {string} request_id
+ * @property {number} index
+ * @property {number} step
+ * @property {number} num_inference_steps
+ * @property {number} seed
+ * @property {string} format "jpeg", "webp" or "png"
+ * @property {number} width
+ * @property {number} height
+ * @property {Record<string, number | number[]>} [timings] milliseconds; with the final
+ */
+
+/**
+ * @typedef {object} LivePicture
+ * @property {PictureHeader} header
+ * @property {Blob} image
+ * @property {number} connection counts the connections of this client; each numbers its frames from the start
+ */
+
+/** @typedef {"idle" | "connecting" | "live" | "waiting" | "closed"} LiveState */
+
+/**
+ * Events, heard by `on(type, listener)`:
+ *
+ * | type | what the listener gets |
+ * | --- | --- |
+ * | `state` | `{state, retryInMs?, reason?}`, at every change of `state` |
+ * | `ready`, `queued`, `superseded`, `cancelled`, `error` | the server's frame |
+ * | `picture` | `LivePicture`; answer with `ack(picture)` once it is shown or dropped |
+ */
+export class LiveClient extends EventTarget {
+  /** @type {LiveState} */
+  state = "idle";
+  /** @type {string} */
+  #url;
+  /** @type {WebSocket | null} */
+  #socket = null;
+  #connection = 0;
+  #seq = 0;
+  /** The newest request, until it has ended. @type {{seq: number, request: LiveRequest} | null} */
+  #newest = null;
+  #failures = 0;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #retryTimer;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #silenceTimer;
+
+  /** @param {string | URL} url of `/v1/live`, with `ws:` or `wss:` */
+  constructor(url) {
+    super();
+    this.#url = String(url);
+  }
+
+  /**
+   * @param {string} type
+   * @param {(detail: any) => void} listener
+   */
+  on(type, listener) {
+    this.addEventListener(type, (event) => listener(/** @type {CustomEvent} */ (event).detail));
+  }
+
+  /** Opens the connection, now. Does nothing while there is one. */
+  connect() {
+    if (this.#socket) return;
+    clearTimeout(this.#retryTimer);
+    this.#setState("connecting");
+    this.#connection += 1;
+    const socket = new WebSocket(this.#url, SUBPROTOCOL);
+    socket.binaryType = "arraybuffer";
+    socket.addEventListener("message", ({ data }) => this.#socket === socket && this.#receive(data));
+    socket.addEventListener("close", (event) => this.#socket === socket && this.#closed(event));
+    this.#socket = socket;
+    this.#expectAnswer();
+  }
+
+  /** Closes the connection for good; its work is cancelled. */
+  close() {
+    this.#newest = null;
+    this.#drop();
+    this.#setState("closed");
+  }
+
+  /**
+   * Asks for a picture. It replaces every request before it, on this side and on the server.
+   *
+   * @param {LiveRequest} request
+   * @returns {number} its `seq`
+   */
+  generate(request) {
+    this.#newest = { seq: ++this.#seq, request };
+    if (this.state === "live") this.#sendNewest();
+    else if (this.state !== "waiting") this.connect();
+    return this.#seq;
+  }
+
+  /** Takes back whatever is not drawn yet. */
+  cancel() {
+    this.#newest = null;
+    if (this.state === "live") this.#send({ type: "cancel" });
+  }
+
+  /**
+   * Says that a picture was shown or dropped. The server keeps at most two pictures on the way.
+   *
+   * @param {LivePicture} picture
+   */
+  ack({ header, connection }) {
+    if (this.state === "live" && connection === this.#connection) this.#send({ type: "ack", frame: header.frame });
+  }
+
+  /** @param {object} message */
+  #send(message) {
+    this.#socket?.send(JSON.stringify(message));
+  }
+
+  #sendNewest() {
+    if (!this.#newest) return;
+    this.#send({ type: "generate", seq: this.#newest.seq, ...this.#newest.request });
+    this.#expectAnswer();
+  }
+
+  #expectAnswer() {
+    clearTimeout(this.#silenceTimer);
+    this.#silenceTimer = setTimeout(() => this.#lost("no answer"), LONGEST_SILENCE_MS);
+  }
+
+  /** @param {string | ArrayBuffer} data */
+  #receive(data) {
+    clearTimeout(this.#silenceTimer);
+    if (typeof data !== "string") return this.#receivePicture(data);
+    const message = JSON.parse(data);
+    if (message.type === "ready") this.#ready();
+    if (message.type === "error" || message.type === "cancelled") this.#ended(message.seq);
+    this.#emit(message.type, message);
+  }
+
+  /** @param {ArrayBuffer} data */
+  #receivePicture(data) {
+    const picture = parsePicture(data);
+    if (picture.header.type === "final") this.#ended(picture.header.seq);
+    this.#emit("picture", { ...picture, connection: this.#connection });
+  }
+
+  #ready() {
+    this.#failures = 0;
+    this.#setState("live");
+    this.#sendNewest();
+  }
+
+  /** @param {number} seq */
+  #ended(seq) {
+    if (this.#newest?.seq === seq) this.#newest = null;
+  }
+
+  /** @param {CloseEvent} event */
+  #closed({ code, reason }) {
+    this.#drop();
+    if (code === TOO_BIG_CLOSE_CODE) this.#newest = null;
+    if (FINAL_CLOSE_CODES.has(code)) this.#setState("closed", { reason: reason || `code ${code}` });
+    else if (code === IDLE_CLOSE_CODE && !this.#newest) this.#setState("idle");
+    else this.#retry(reason, wishedPauseMs(reason));
+  }
+
+  /** @param {string} reason */
+  #lost(reason) {
+    this.#drop();
+    this.#retry(reason);
+  }
+
+  /**
+   * @param {string} reason
+   * @param {number} [atLeastMs]
+   */
+  #retry(reason, atLeastMs = 0) {
+    const retryInMs = Math.max(atLeastMs, backoffMs(this.#failures++));
+    this.#retryTimer = setTimeout(() => this.connect(), retryInMs);
+    this.#setState("waiting", { retryInMs, reason });
+  }
+
+  #drop() {
+    clearTimeout(this.#retryTimer);
+    clearTimeout(this.#silenceTimer);
+    const socket = this.#socket;
+    this.#socket = null;
+    socket?.close();
+  }
+
+  /**
+   * @param {LiveState} state
+   * @param {{retryInMs?: number, reason?: string}} [more]
+   */
+  #setState(state, more = {}) {
+    this.state = state;
+    this.#emit("state", { state, ...more });
+  }
+
+  /**
+   * @param {string} type
+   * @param {object} detail
+   */
+  #emit(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }));
+  }
+}
+
+/**
+ * Takes a binary frame apart: 4 bytes header length (big-endian), the header as JSON, the image file.
+ *
+ * @param {ArrayBuffer} data
+ * @returns {{header: PictureHeader, image: Blob}}
+ */
+export function parsePicture(data) {
+  const length = new DataView(data).getUint32(0);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+  return { header, image: new Blob([new Uint8Array(data, 4 + length)], { type: `image/${header.format}` }) };
+}
+
+/**
+ * Whether one picture may take the place of another: it answers a later request, or came later for the same one.
+ *
+ * @param {LivePicture} picture
+ * @param {LivePicture | null} shown
+ */
+export function isNewer(picture, shown) {
+  if (!shown) return true;
+  if (picture.header.seq !== shown.header.seq) return picture.header.seq > shown.header.seq;
+  if (picture.connection !== shown.connection) return picture.connection > shown.connection;
+  return picture.header.frame > shown.header.frame;
+}
+
+/**
+ * The pause before try number `failures + 1`: doubling, with jitter so that many clients don't come back at once.
+ *
+ * @param {number} failures
+ */
+export function backoffMs(failures) {
+  return Math.min(LONGEST_DELAY_MS, FIRST_DELAY_MS * 2 ** failures) * (0.5 + Math.random() / 2);
+}
+
+/**
+ * A server that goes away, or is full, closes with a reason like `{"reconnect_in_ms": 1000}`.
+ *
+ * @param {string} reason
+ * @returns {number}
+ */
+function wishedPauseMs(reason) {
+  try {
+    return Number(JSON.parse(reason).reconnect_in_ms) || 0;
+  } catch {
+    return 0;
+  }
+}

@@ -1,0 +1,1 @@
+"""The programs behind the figures; README.md says how to run them."""
