@@ -287,6 +287,7 @@ def _configure_logging() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def _check_port(host: str, port: int) -> None:

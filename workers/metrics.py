@@ -7,8 +7,6 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from broker.messages import Timings
-
 BUCKETS_S = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192, 16.384)
 
 
@@ -17,13 +15,6 @@ class WorkerMetrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.stage = Histogram(
-            "fewstep_stage_seconds",
-            "Time of one stage of a request",
-            ["model", "stage"],
-            buckets=BUCKETS_S,
-            registry=registry,
-        )
         self.step = Histogram(
             "fewstep_step_seconds", "Time of one engine step", ["rows"], buckets=BUCKETS_S, registry=registry
         )
@@ -40,12 +31,8 @@ class WorkerMetrics:
         self.warm = Gauge("fewstep_warm_model", "1 for each model that is warm here", ["model"], registry=registry)
         self.gpu_memory = Gauge("fewstep_gpu_memory_bytes", "GPU memory that tensors take", registry=registry)
 
-    def observe(self, model: str, num_rows: int, timings: Timings) -> None:
-        """One finished request, stage by stage."""
-        for stage in ("queue", "text", "denoise", "decode", "encode"):
-            self.stage.labels(model, stage).observe(getattr(timings, f"{stage}_ms") / 1000)
-        for step_ms in timings.steps_ms:
-            self.step.labels(num_rows).observe(step_ms / 1000)
+    def observe_step(self, num_rows: int, seconds: float) -> None:
+        self.step.labels(num_rows).observe(seconds)
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
         return start_http_server(port, addr=host, registry=self.registry)

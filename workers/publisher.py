@@ -101,7 +101,6 @@ class Publisher:
         started_s = time.perf_counter()
         pictures = await self._encode(request.delivery.job, pixels)
         timings = _timings(request, encode_ms=(time.perf_counter() - started_s) * 1000)
-        self._metrics.observe(request.model, request.num_rows, timings)
         return Completed(
             request.request_id, tuple(pictures), timings, self._revisions[request.model], _warnings(request)
         )

@@ -33,6 +33,7 @@ from workers.settings import WorkerSettings, new_worker_id
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 3.0
+ENGINE_STOP_S = 20.0  # a step, or the loading of a file, can't be interrupted
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 Report = Callable[[str, str], None]
 
@@ -43,6 +44,10 @@ class WorkerState(enum.Enum):
     READY = "ready"
     DRAINING = "draining"
     STOPPED = "stopped"
+
+
+class StartAborted(Exception):
+    """Asked to stop while loading or warming."""
 
 
 class Worker:
@@ -71,7 +76,7 @@ class Worker:
             self.worker_id,
             settings.lease_s,
             self._renewable,
-            lambda abort: self._loop.call_soon_threadsafe(self._obey, abort),
+            self._hear_of_lost_lease,
         )
         self._publisher = Publisher(
             self._broker,
@@ -106,7 +111,7 @@ class Worker:
         while not self._engine.built.done() and not self._stop.is_set():
             await self._heartbeat()
             await asyncio.sleep(0.2)
-        if self._engine.built.done():
+        if not self._stop.is_set():
             self._engine.built.result()
 
     async def main_loop(self) -> None:
@@ -151,7 +156,7 @@ class Worker:
             await self._broker.unregister(self.worker_id)
         except BrokerError as error:
             logger.warning("left without saying goodbye: %s", error)
-        await asyncio.to_thread(self._engine.stop, 5.0)
+        await asyncio.to_thread(self._engine.stop, ENGINE_STOP_S)
         self._publisher.close()
 
     async def _drain(self) -> None:
@@ -168,7 +173,7 @@ class Worker:
     # On the engine thread
 
     def _build_engine(self) -> Engine:
-        engine = Engine({spec.name: self._load(spec) for spec in self._specs})
+        engine = Engine({spec.name: self._load(spec) for spec in self._specs}, self.metrics.observe_step)
         self._warm_models = tuple(self._warm_up(engine, spec) for spec in self._specs)
         return engine
 
@@ -183,6 +188,8 @@ class Worker:
         return warm_model
 
     def _report(self, model: str, detail: str) -> None:
+        if self._stop.is_set():
+            raise StartAborted
         self._detail = f"{model}: {detail}"
         self._report_to(model, detail)
 
@@ -265,6 +272,10 @@ class Worker:
                 detail="" if self.state in states else self._detail,
             )
         )
+
+    def _hear_of_lost_lease(self, abort: Abort) -> None:
+        """Called on the renewer's thread."""
+        self._loop.call_soon_threadsafe(self._obey, abort)
 
     def _renewable(self) -> list[str]:
         """What this worker still works on; nothing when the engine hangs, so that others may take it over."""

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -110,7 +111,13 @@ async def test_warmth_is_shown_in_the_registry_and_ends_with_the_worker(
 
 
 async def test_many_jobs_of_different_kinds(settings: WorkerSettings, broker: RedisBroker) -> None:
-    kinds = [{"num_inference_steps": 1}, {"scheduler": "ddim"}, {"width": 48}, {"guidance_scale": 2.0}, {"seed": 3}]
+    kinds: list[dict[str, Any]] = [
+        {"num_inference_steps": 1},
+        {"scheduler": "ddim"},
+        {"width": 48},
+        {"guidance_scale": 2.0},
+        {"seed": 3},
+    ]
     jobs = [make_job(**kinds[i % len(kinds)]) for i in range(30)]
     async with running(settings, broker):
         await submit(broker, *jobs)
@@ -218,3 +225,16 @@ async def test_results_are_gone_after_their_time(settings: WorkerSettings, broke
         await asyncio.sleep(0.4)
     with pytest.raises(RequestNotFound):
         await broker.status(job.request_id)
+
+
+async def test_a_stop_while_it_starts(settings: WorkerSettings, broker: RedisBroker) -> None:
+    worker = Worker(settings)
+    task = asyncio.create_task(worker.serve())
+    await until(lambda: is_registered(broker), task)
+    worker.request_stop()
+    await task
+    assert await broker.workers() == []
+
+
+async def is_registered(broker: RedisBroker) -> bool:
+    return bool(await broker.workers())

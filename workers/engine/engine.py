@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -19,10 +20,16 @@ NEWER_WITHIN_MS = 300
 
 
 class Engine:
-    """Runs requests of several warm models. Not thread-safe: it belongs to the thread that owns the device."""
+    """Runs requests of several warm models. Not thread-safe: it belongs to the thread that owns the device.
 
-    def __init__(self, runners: Mapping[str, ModelRunner]) -> None:
+    `observe_step(num_rows, seconds)` hears of every batch that took a step.
+    """
+
+    def __init__(
+        self, runners: Mapping[str, ModelRunner], observe_step: Callable[[int, float], None] = lambda *_: None
+    ) -> None:
         self.runners = dict(runners)
+        self._observe_step = observe_step
         self._scheduler: Scheduler[RequestState] = Scheduler(
             {name: runner.pipeline.spec.max_batch_size for name, runner in runners.items()}
         )
@@ -69,7 +76,9 @@ class Engine:
         runner = self.runners[batch.requests[0].model]
         if batch.admitted:
             runner.prepare(batch.admitted)
+        started_s = time.perf_counter()
         outputs: list[EngineOutput] = [*runner.step(batch.requests)]
+        self._observe_step(sum(request.num_rows for request in batch.requests), time.perf_counter() - started_s)
         finished = [request for request in batch.requests if request.is_finished]
         if finished:
             outputs += [Finished(*pair) for pair in zip(finished, runner.decode(finished), strict=True)]

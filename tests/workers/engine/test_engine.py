@@ -163,3 +163,13 @@ def test_an_impossible_step_count_fails_only_that_request(engine: Engine) -> Non
     outputs = run_until_done(engine)
     assert ids(outputs, GenerationFailed) == ["too many"]
     assert ids(outputs, Finished) == ["fine"]
+
+
+def test_every_step_of_a_batch_is_observed(pipeline: FewStepPipeline) -> None:
+    steps: list[tuple[int, float]] = []
+    engine = Engine({"small": ModelRunner(pipeline)}, lambda num_rows, seconds: steps.append((num_rows, seconds)))
+    engine.add(make_delivery(num_inference_steps=2))
+    engine.add(make_delivery(num_inference_steps=1, guidance_scale=2.0))
+    run_until_done(engine)
+    assert [num_rows for num_rows, _ in steps] == [3, 1]
+    assert min(seconds for _, seconds in steps) > 0

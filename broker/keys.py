@@ -1,0 +1,79 @@
+"""Every Redis key, in one place, for Python and for Lua.
+
+All keys of one installation stand under one prefix: `fewstep:job:<request_id>`. A prefix in braces (`{fewstep}`) keeps
+them on one slot of a cluster, which the scripts need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUP = "workers"  # the consumer group of every ready stream
+
+_KINDS: dict[str, tuple[str, ...]] = {
+    # requests
+    "job": ("request_id",),  # hash: the job as JSON and everything that the scripts know of it
+    "events": ("request_id",),  # stream: its log, numbered from 1
+    "session": ("session",),  # hash: what a live connection has running and waiting, and where its place is
+    # order
+    "line": ("lane", "model", "owner"),  # list of places: one caller's waiting work, first come first served
+    "ring": ("lane", "model"),  # list of the owners with a non-empty line, in the order of their turns
+    "weights": (),  # hash: places per turn of an owner, 1 unless given
+    "turns": ("model",),  # hash: where the round robin stands
+    "ready": ("model",),  # stream, group `workers`: the next one or two batches
+    "target": ("model",),  # how deep the ready stream is kept, raised by what workers ask for
+    "depth": ("model",),  # hash: unfinished requests, `queued` and `running`
+    "deadlines": (),  # sorted set of unfinished requests with a deadline, by that
+    "models": (),  # set of the models that have a ready stream
+    # messages
+    "replies": ("gateway_id",),  # stream: events for one gateway
+    "control": ("worker_id",),  # stream: aborts for one worker
+    # workers
+    "worker": ("worker_id",),  # its last heartbeat, as JSON
+    "workers": (),  # sorted set of the live ones, by the end of their heartbeat
+    # results
+    "kept": (),  # sorted set of kept results and their bytes, by the time they end
+    "kept_bytes": (),  # the sum of it
+    "dead": (),  # stream: requests that lost three workers
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys under one prefix that Python itself uses; the scripts build theirs from the same table."""
+
+    prefix: str
+
+    def ready(self, model: str) -> str:
+        return self.build("ready", model)
+
+    def depth(self, model: str) -> str:
+        return self.build("depth", model)
+
+    def weights(self) -> str:
+        return self.build("weights")
+
+    def replies(self, gateway_id: str) -> str:
+        return self.build("replies", gateway_id)
+
+    def control(self, worker_id: str) -> str:
+        return self.build("control", worker_id)
+
+    def dead(self) -> str:
+        return self.build("dead")
+
+    def build(self, kind: str, *parts: str) -> str:
+        if len(parts) != len(_KINDS[kind]):
+            raise ValueError(f"a {kind!r} key is made of {_KINDS[kind]}, not of {parts}")
+        return ":".join((self.prefix, kind, *parts))
+
+
+def lua_key_functions() -> str:
+    """One Lua function per kind, `job_key(request_id)` and so on. A script's KEYS[1] is the prefix."""
+    functions = (_lua_key_function(kind, parts) for kind, parts in _KINDS.items())
+    return "\n".join((f"local GROUP = '{GROUP}'", *functions))
+
+
+def _lua_key_function(kind: str, parts: tuple[str, ...]) -> str:
+    tail = "".join(f" .. ':' .. {part}" for part in parts)
+    return f"local function {kind}_key({', '.join(parts)}) return KEYS[1] .. ':{kind}'{tail} end"
