@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, die_with_parent
 
 if TYPE_CHECKING:
+    from broker.embedded import EmbeddedRedis, GivenRedis
     from broker.messages import SamplingParams
     from models.catalog import ModelSpec
     from workers.settings import WorkerSettings
@@ -66,16 +67,24 @@ def serve(
         check_exposure(settings)
         get_spec(load_catalog(), model)
         _check_port(host, port)
-        with resolve(data_dir=data_dir) as redis_url:
-            _supervise(settings.host, port, model, redis_url)
+        with resolve(data_dir=data_dir) as redis:
+            asyncio.run(_check_redis(redis.url))
+            _supervise(settings.host, port, model, redis)
     except (SettingsError, BrokerError, CatalogError, OSError) as error:
         _fail(str(error))
     except ChildFailed as error:
         raise typer.Exit(EX_CONFIG) from error
 
 
-def _supervise(host: str, port: int, model: str, redis_url: str) -> None:
-    environment = {"FEWSTEP_REDIS_URL": redis_url}
+async def _check_redis(url: str) -> None:
+    from broker.redis_broker import RedisBroker
+
+    async with RedisBroker(url):
+        pass
+
+
+def _supervise(host: str, port: int, model: str, redis: GivenRedis | EmbeddedRedis) -> None:
+    environment = {"FEWSTEP_REDIS_URL": redis.url}
     gateway = {"FEWSTEP_HOST": host, "FEWSTEP_PORT": str(port), "FEWSTEP_DEFAULT_MODEL": model}
     children = [
         Child("gateway", ["gateway"], environment | gateway),
@@ -83,10 +92,14 @@ def _supervise(host: str, port: int, model: str, redis_url: str) -> None:
     ]
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else _bracketed(host)}:{port}"
 
+    def tend() -> None:
+        if redis.revive():
+            logger.error("Redis had died; it is back, with what it had written")
+
     def announce() -> None:
         console.print(f"[bold green]fewstep is ready:[/] open [link={url}]{url}[/link]   (Ctrl-C ends it)")
 
-    Supervisor(children).run(lambda: _answers_ready(url), announce)
+    Supervisor(children, tend).run(lambda: _answers_ready(url), announce)
     console.print("fewstep has ended")
 
 

@@ -69,10 +69,11 @@ class Child:
 
 
 class Supervisor:
-    """Runs `children` until SIGINT or SIGTERM; stops them in their order."""
+    """Runs `children` until SIGINT or SIGTERM; stops them in their order. `tend` is called ten times a second."""
 
-    def __init__(self, children: Sequence[Child]) -> None:
+    def __init__(self, children: Sequence[Child], tend: Callable[[], None] = lambda: None) -> None:
         self._children = children
+        self._tend = tend
         self._stopping = threading.Event()
 
     def run(self, is_up: Callable[[], bool], on_up: Callable[[], None]) -> None:
@@ -89,6 +90,7 @@ class Supervisor:
     def _main_loop(self, is_up: Callable[[], bool], on_up: Callable[[], None]) -> None:
         was_up = False
         while not self._stopping.wait(0.1):
+            self._tend()
             for child in self._children:
                 self._look_after(child)
             if not was_up and is_up():

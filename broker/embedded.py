@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -44,14 +45,25 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 @contextmanager
-def resolve(url: str | None = None, data_dir: Path | None = None) -> Iterator[str]:
-    """The URL to use: the one given, else that of FEWSTEP_REDIS_URL, else of a server started here for as long."""
+def resolve(url: str | None = None, data_dir: Path | None = None) -> Iterator[GivenRedis | EmbeddedRedis]:
+    """The one at the given URL, else at that of FEWSTEP_REDIS_URL, else a server that runs here for as long."""
     url = url or os.environ.get(URL_VARIABLE)
     if url:
-        yield url
+        yield GivenRedis(url)
     else:
         with EmbeddedRedis(data_dir) as server:
-            yield server.url
+            yield server
+
+
+@dataclass(frozen=True, slots=True)
+class GivenRedis:
+    """A server that somebody else runs."""
+
+    url: str
+
+    def revive(self) -> bool:
+        """Not ours to start again."""
+        return False
 
 
 def find_server() -> Path:
@@ -145,6 +157,16 @@ class EmbeddedRedis:
         except BaseException:
             self.stop()
             raise
+
+    def revive(self, timeout_s: float = 10) -> bool:
+        """Starts a server that has died again, with its data and at the same URL. True if it had died."""
+        if self._process is None or self._process.poll() is None:
+            return False
+        assert self._socket is not None
+        self._socket.unlink(missing_ok=True)
+        self._process = self._spawn(self._server or find_server())
+        self._wait_until_up(time.monotonic() + timeout_s)
+        return True
 
     def stop(self, timeout_s: float = 5) -> None:
         """Ends the server, politely first. May be called twice."""

@@ -106,17 +106,31 @@ def test_it_ends_with_a_killed_parent() -> None:
 
 def test_a_given_url_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_REDIS_URL", "redis://of.the.environment")
-    with resolve() as url:
-        assert url == "redis://of.the.environment"
-    with resolve("rediss://given") as url:
-        assert url == "rediss://given"
+    with resolve() as given:
+        assert given.url == "redis://of.the.environment"
+    with resolve("rediss://given") as given:
+        assert given.url == "rediss://given"
+        assert not given.revive()
 
 
 def test_without_a_url_a_server_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FEWSTEP_REDIS_URL", raising=False)
-    with resolve(data_dir=tmp_path) as url:
-        assert is_up(url)
-        assert url == f"unix://{tmp_path}/redis.sock"
+    with resolve(data_dir=tmp_path) as server:
+        assert is_up(server.url)
+        assert server.url == f"unix://{tmp_path}/redis.sock"
+
+
+def test_a_server_that_died_comes_back_with_its_data_at_the_same_url() -> None:
+    with EmbeddedRedis() as server, Redis.from_url(server.url) as client:
+        url = server.url
+        assert not server.revive()
+        client.set("key", "value")
+        time.sleep(1.2)  # the append-only file is written every second
+        os.kill(server.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+        assert server.revive()
+        assert server.url == url
+        assert client.get("key") == b"value"
 
 
 def fake_server(folder: Path, name: str, version: str) -> Path:

@@ -1,0 +1,39 @@
+"""What routes ask for: the gateway's resources, who is asking, and the id of the request."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, cast
+
+from fastapi import Depends, Header
+from fastapi.requests import HTTPConnection
+
+from app.gateway import Gateway
+
+ANONYMOUS = "anonymous"
+_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def get_gateway(connection: HTTPConnection) -> Gateway:
+    return cast(Gateway, connection.state.gateway)
+
+
+def get_request_id(connection: HTTPConnection) -> str:
+    return cast(str, connection.state.request_id)
+
+
+def owner_of(connection: HTTPConnection) -> str:
+    """Whose line a request waits in, and who may read it back. The place of API keys."""
+    del connection
+    return ANONYMOUS
+
+
+def get_traceparent(traceparent: Annotated[str | None, Header()] = None) -> str | None:
+    """W3C trace context, passed on to the worker when it is well formed."""
+    return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
+
+
+GatewayDep = Annotated[Gateway, Depends(get_gateway)]
+RequestIdDep = Annotated[str, Depends(get_request_id)]
+OwnerDep = Annotated[str, Depends(owner_of)]
+TraceparentDep = Annotated[str | None, Depends(get_traceparent)]

@@ -1,0 +1,262 @@
+"""Every way to say no, and the one table from error to answer.
+
+GatewayError
+├── InvalidRequest           a field that is missing, unknown or out of its limits
+├── UnsupportedBody          a body that isn't declared as JSON
+├── NotAcceptable            none of the types in Accept can be made
+├── ModelNotReady            no live worker holds the model warm
+├── Overloaded               admission refused: come back after `retry_after_ms`
+├── ImageNotReady            the generation hasn't ended yet
+├── ImageGone                the picture is no longer kept
+├── GenerationFailed         the request ended without a picture
+│   ├── GenerationCancelled
+│   ├── GenerationSuperseded
+│   └── GenerationExpired
+├── WrongHost                a Host header that doesn't name this server
+└── ClientGone               nobody is left to read the answer
+
+The shape is OpenAI's over the whole API: `{"error": {"message", "type", "param", "code"}}`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
+from broker.messages import Cancelled, Expired, Failed, JobError, Superseded
+from models.catalog import UnknownModelError
+
+MAX_SHOWN_CHARS = 60
+
+
+class GatewayError(Exception):
+    """Anything that this package answers with."""
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.param, self.code, self.retry_after_ms = param, code, retry_after_ms
+
+
+class InvalidRequest(GatewayError):
+    """A field that is missing, unknown or out of its limits; the message says what is allowed."""
+
+
+class UnsupportedBody(GatewayError):
+    """A body that isn't declared as JSON."""
+
+
+class NotAcceptable(GatewayError):
+    """None of the types in Accept can be made."""
+
+
+class ModelNotReady(GatewayError):
+    """No live worker holds the model warm."""
+
+
+class Overloaded(GatewayError):
+    """Admission refused: come back after `retry_after_ms`."""
+
+
+class ImageNotReady(GatewayError):
+    """The generation hasn't ended yet."""
+
+
+class ImageGone(GatewayError):
+    """The picture is no longer kept."""
+
+
+class GenerationFailed(GatewayError):
+    """The request ended without a picture."""
+
+
+class GenerationCancelled(GenerationFailed):
+    """Somebody cancelled it."""
+
+
+class GenerationSuperseded(GenerationFailed):
+    """A newer request of its session took its place."""
+
+
+class GenerationExpired(GenerationFailed):
+    """Its deadline passed before it could be drawn."""
+
+
+class WrongHost(GatewayError):
+    """A Host header that doesn't name this server: a page elsewhere may be rebinding DNS."""
+
+
+class ClientGone(GatewayError):
+    """Nobody is left to read the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How one kind of error is answered. `should_retry` overrides what clients conclude from the status."""
+
+    status: int
+    type: str
+    code: str
+    should_retry: bool | None = None
+
+
+_REQUEST = "invalid_request_error"
+_SERVER = "server_error"
+
+TABLE: dict[type[Exception], Row] = {
+    InvalidRequest: Row(400, _REQUEST, "invalid_value"),
+    WrongHost: Row(400, _REQUEST, "wrong_host"),
+    UnknownModelError: Row(404, _REQUEST, "model_not_found"),
+    RequestNotFound: Row(404, _REQUEST, "generation_not_found"),
+    ImageNotReady: Row(404, _REQUEST, "image_not_ready"),
+    NotAcceptable: Row(406, _REQUEST, "not_acceptable"),
+    GenerationCancelled: Row(409, _REQUEST, "cancelled", should_retry=False),
+    GenerationSuperseded: Row(409, _REQUEST, "superseded", should_retry=False),
+    ImageGone: Row(410, _REQUEST, "image_gone"),
+    UnsupportedBody: Row(415, _REQUEST, "unsupported_media_type"),
+    Overloaded: Row(429, "rate_limit_error", "queue_full"),
+    ClientGone: Row(499, _REQUEST, "client_gone"),
+    GenerationFailed: Row(500, _SERVER, "generation_failed", should_retry=False),
+    ModelNotReady: Row(503, _SERVER, "model_not_ready"),
+    BrokerUnavailable: Row(503, _SERVER, "queue_unavailable"),
+    BrokerError: Row(500, _SERVER, "queue_error"),
+    GenerationExpired: Row(504, _SERVER, "deadline_exceeded", should_retry=False),
+}
+_RETRYABLE_FAILURE = Row(503, _SERVER, "generation_failed", should_retry=True)
+_UNKNOWN = Row(500, _SERVER, "internal_error")
+_FIXED_TEXTS: dict[type[Exception], str] = {
+    BrokerUnavailable: "the queue can't be reached right now, try again",
+    BrokerError: "the queue refused this request",
+}
+_DEFAULT_RETRY_AFTER_MS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """An error as it leaves: status, body and headers."""
+
+    status: int
+    body: dict[str, dict[str, str | None]]
+    headers: dict[str, str]
+
+    @property
+    def code(self) -> str:
+        return self.body["error"]["code"] or ""
+
+
+def render(error: Exception) -> ErrorAnswer:
+    """The answer to a domain error; anything not in the table is an internal error without details."""
+    kind = next((kind for kind in type(error).__mro__ if kind in TABLE), None)
+    if kind is None:
+        return answer(_UNKNOWN, "internal error, see the server's log for this request id")
+    row = TABLE[kind]
+    if not isinstance(error, GatewayError):
+        retry_after_ms = _DEFAULT_RETRY_AFTER_MS if row.status == 503 else None
+        param = "model" if isinstance(error, UnknownModelError) else None
+        return answer(row, _FIXED_TEXTS.get(kind, str(error)), param=param, retry_after_ms=retry_after_ms)
+    if kind is GenerationFailed and error.retry_after_ms is not None:
+        row = _RETRYABLE_FAILURE
+    return answer(row, str(error), param=error.param, code=error.code, retry_after_ms=error.retry_after_ms)
+
+
+def answer(
+    row: Row, message: str, *, param: str | None = None, code: str | None = None, retry_after_ms: int | None = None
+) -> ErrorAnswer:
+    headers: dict[str, str] = {}
+    if retry_after_ms is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_ms / 1000)))
+        headers["retry-after-ms"] = str(retry_after_ms)
+    if row.should_retry is not None:
+        headers["x-should-retry"] = str(row.should_retry).lower()
+    return ErrorAnswer(row.status, error_body(message, row.type, param=param, code=code or row.code), headers)
+
+
+def error_body(message: str, type: str, *, param: str | None, code: str) -> dict[str, dict[str, str | None]]:
+    return {"error": {"message": _printable(message), "type": type, "param": param and _printable(param), "code": code}}
+
+
+def http_error(status: int, detail: str) -> ErrorAnswer:
+    """The answer to what the web framework refuses by itself."""
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+    row = Row(status, _REQUEST if status < 500 else _SERVER, codes.get(status, "bad_request"))
+    return answer(row, detail)
+
+
+def invalid(param: str, value: object, allowed: str, *, code: str = "invalid_value") -> InvalidRequest:
+    """The refusal of one field: its name, its value shortened, and what is allowed."""
+    return InvalidRequest(f"{param}: {shorten(value)} is not allowed; {allowed}", param=param, code=code)
+
+
+def shorten(value: object) -> str:
+    """A value as an error may repeat it: never more of it than fits on half a line."""
+    match value:
+        case str():
+            return repr(value[:MAX_SHOWN_CHARS]) + (" …" if len(value) > MAX_SHOWN_CHARS else "")
+        case bool() | None:
+            return json.dumps(value)
+        case int() if value.bit_length() > 200:
+            return "a number with hundreds of bits"
+        case int() | float():
+            return repr(value)
+        case dict():
+            return "an object"
+        case list():
+            return "a list"
+        case _:
+            return "this value"
+
+
+def _printable(text: str) -> str:
+    """JSON in UTF-8 has no place for lone surrogates, which a request may carry."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def invalid_from(details: Mapping[str, Any], known_fields: Iterable[str], skip: int = 0) -> InvalidRequest:
+    """One of pydantic's findings in our words. `skip` parts of its location name no field."""
+    param = ".".join(str(part) for part in details["loc"][skip:])[:MAX_SHOWN_CHARS] or None
+    kind, value = details["type"], details.get("input")
+    match kind:
+        case "missing":
+            return InvalidRequest(f"{param}: is required", param=param, code="missing_field")
+        case "extra_forbidden":
+            return _unknown_field(param or "", known_fields)
+        case "json_invalid":
+            reason = details.get("ctx", {}).get("error", "not JSON")
+            return InvalidRequest(f"the body is not valid JSON: {reason}", code="invalid_json")
+        case "string_unicode":
+            return InvalidRequest(f"{param}: has code points that are no text (lone surrogates)", param=param)
+        case _:
+            what = details["msg"].removeprefix("Input ").removeprefix("Value error, ")
+            return InvalidRequest(f"{param or 'body'}: {what}, got {shorten(value)}", param=param)
+
+
+def _unknown_field(param: str, known_fields: Iterable[str]) -> InvalidRequest:
+    known = sorted(known_fields)
+    close = difflib.get_close_matches(param, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    allowed = f"{hint}allowed: {', '.join(known)}" if known else "it has to go"
+    return InvalidRequest(f"unknown field {shorten(param)}; {allowed}", param=param, code="unknown_field")
+
+
+def ending_error(ending: Failed | Superseded | Cancelled | Expired) -> GenerationFailed:
+    """What a waiting caller is told of an ending without a picture."""
+    match ending:
+        case Failed(error=error):
+            return _failure(error)
+        case Superseded():
+            return GenerationSuperseded("a newer request of its session took its place")
+        case Cancelled():
+            return GenerationCancelled("the generation was cancelled")
+        case Expired():
+            return GenerationExpired("the deadline passed before the picture could be drawn", param="deadline_ms")
+
+
+def _failure(error: JobError) -> GenerationFailed:
+    retry_after_ms = _DEFAULT_RETRY_AFTER_MS if error.is_retryable else None
+    return GenerationFailed(error.message, code=error.code, retry_after_ms=retry_after_ms)

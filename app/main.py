@@ -1,0 +1,213 @@
+"""The gateway as an application, and as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, cast
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.admission import Admission, Fleet, new_request_id
+from app.errors import ErrorAnswer
+from app.gateway import Gateway
+from app.handlers import install_error_handlers
+from app.metrics import Metrics
+from app.middleware import Guard, RequestContext, allowed_hosts
+from app.replies import Replies
+from app.routes import generations, health, live, models, openai_images, page
+from app.settings import GatewaySettings, SettingsError, check_exposure, is_loopback
+from app.tasks import running
+from broker.errors import BrokerUnavailable, RedisTooOld
+from broker.redis_broker import Limits, RedisBroker
+from models.catalog import ModelSpec, UnknownModelError, get_spec, load_catalog
+
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 3.0
+REMIND_INTERVAL_S = 10.0
+LIVE_GOODBYE_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+# The application
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """Raises SettingsError, or CatalogError where the catalog can't be read. Connects to nothing before startup."""
+    check_exposure(settings)
+    catalog = load_catalog()
+    check_default_model(settings, catalog)
+    metrics = Metrics()
+    app = FastAPI(
+        title="fewstep",
+        summary="Real-time text-to-image",
+        lifespan=partial(lifespan, settings=settings, catalog=catalog, metrics=metrics),
+        docs_url=None,  # Swagger's page is fetched from elsewhere
+        redoc_url=None,
+    )
+    add_middleware(app, settings, metrics)
+    install_error_handlers(app, metrics)
+    for routes in (generations, openai_images, live, models, health, page):
+        app.include_router(routes.router, max_body_size=settings.max_body_bytes)
+    app.mount("/static", page.PageFiles(), name="static")
+    return app
+
+
+def check_default_model(settings: GatewaySettings, catalog: dict[str, ModelSpec]) -> None:
+    try:
+        get_spec(catalog, settings.default_model)
+    except UnknownModelError as error:
+        raise SettingsError(f"FEWSTEP_DEFAULT_MODEL={settings.default_model!r}: {error}") from error
+
+
+def add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) -> None:
+    """The last one added is the outermost: every response passes RequestContext."""
+    hosts = allowed_hosts(is_loopback(settings.host), settings.allowed_hosts)
+
+    def count_refusal(answer: ErrorAnswer) -> None:
+        metrics.rejected.labels(answer.code).inc()
+
+    app.add_middleware(Guard, hosts=hosts, max_body_bytes=settings.max_body_bytes, on_refusal=count_refusal)
+    app.add_middleware(RequestContext, metrics=metrics)
+
+
+@asynccontextmanager
+async def lifespan(
+    app: FastAPI, *, settings: GatewaySettings, catalog: dict[str, ModelSpec], metrics: Metrics
+) -> AsyncIterator[dict[str, Any]]:
+    """Connected, reading replies, alive; then everything in reverse."""
+    del app
+    async with connect(settings) as broker:
+        gateway = build_gateway(settings, catalog, broker, metrics)
+        async with running(gateway.replies.read_forever(), gateway.replies.keep_alive_forever()):
+            yield {"gateway": gateway}
+        with contextlib.suppress(BrokerUnavailable):
+            await broker.drop_gateway(gateway.replies.gateway_id)
+
+
+def build_gateway(
+    settings: GatewaySettings, catalog: dict[str, ModelSpec], broker: RedisBroker, metrics: Metrics
+) -> Gateway:
+    limits = Limits(max_depth=settings.max_depth, max_result_bytes=settings.max_result_bytes)
+    fleet = Fleet(broker)
+    return Gateway(
+        settings=settings,
+        catalog=catalog,
+        broker=broker,
+        replies=Replies(broker, f"gateway-{new_request_id()}", metrics.observe),
+        fleet=fleet,
+        admission=Admission(broker, fleet, catalog, limits, metrics),
+        metrics=metrics,
+    )
+
+
+@asynccontextmanager
+async def connect(settings: GatewaySettings) -> AsyncIterator[RedisBroker]:
+    """Waits for Redis for as long as it takes, saying so. Raises RedisTooOld."""
+    async with contextlib.AsyncExitStack() as stack:
+        broker = await wait_for_redis(settings, stack)
+        yield broker
+
+
+async def wait_for_redis(settings: GatewaySettings, stack: contextlib.AsyncExitStack) -> RedisBroker:
+    pause_s, said_at = FIRST_PAUSE_S, float("-inf")
+    while True:
+        try:
+            broker = RedisBroker(settings.redis_url, prefix=settings.redis_prefix)
+            return await stack.enter_async_context(broker)
+        except BrokerUnavailable as error:
+            if time.monotonic() - said_at > REMIND_INTERVAL_S:
+                log.warning("waiting for Redis (FEWSTEP_REDIS_URL): %s", error)
+                said_at = time.monotonic()
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(MAX_PAUSE_S, pause_s * 2)
+
+
+# The process
+
+
+class GatewayServer(uvicorn.Server):
+    """Tells open live sockets when to come back before uvicorn closes them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if gateway := cast("Gateway | None", self.lifespan.state.get("gateway")):
+            await say_goodbye(gateway)
+        await super().shutdown(sockets)
+
+
+async def say_goodbye(gateway: Gateway) -> None:
+    goodbyes = [live_socket.go_away() for live_socket in gateway.live_sockets]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LIVE_GOODBYE_S):
+            await asyncio.gather(*goodbyes)
+
+
+def make_server(settings: GatewaySettings) -> GatewayServer:
+    """A server for this app with the limits that the settings name."""
+    config = uvicorn.Config(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=settings.log_level == "debug",
+        ws_max_size=settings.live_max_message_bytes,
+        ws_per_message_deflate=False,  # pictures are compressed already
+        timeout_graceful_shutdown=settings.shutdown_s,
+        server_header=False,
+    )
+    return GatewayServer(config)
+
+
+def run(settings: GatewaySettings) -> None:
+    """Serves until a signal comes. What keeps it from starting is one line on stderr and exit status 1."""
+    configure_logging(settings)
+    try:
+        server = make_server(settings)
+        listener = bind(settings)
+        asyncio.run(check_redis(settings))
+    except (SettingsError, RedisTooOld, UnknownModelError) as error:
+        sys.exit(f"fewstep: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    with listener, contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
+        host, port = listener.getsockname()[:2]
+        log.info("the gateway serves http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        server.run(sockets=[listener])
+
+
+def bind(settings: GatewaySettings) -> socket.socket:
+    """Raises SettingsError where the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host.strip("[]"), settings.port))
+    except OSError as error:
+        listener.close()
+        message = f"can't listen on {settings.host}:{settings.port}: {error.strerror}; choose another FEWSTEP_PORT"
+        raise SettingsError(message) from error
+    return listener
+
+
+async def check_redis(settings: GatewaySettings) -> None:
+    """So that a Redis that is too old ends the process with one line, not with a traceback of the server."""
+    async with connect(settings):
+        pass
+
+
+def configure_logging(settings: GatewaySettings) -> None:
+    """Leaves a program that has set up its logs already as it is."""
+    logging.basicConfig(format="%(asctime)s %(levelname)-8s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    level = settings.log_level.upper()
+    for name in ("app", "broker"):
+        logging.getLogger(name).setLevel(level)
+    logging.getLogger("uvicorn").setLevel("WARNING" if level == "INFO" else level)  # it tells of every step

@@ -1,0 +1,118 @@
+"""Around every request: its id, its time, the headers that protect browsers, and what is refused at the door."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.admission import new_request_id
+from app.errors import ErrorAnswer, WrongHost, http_error, render, shorten
+from app.metrics import Metrics
+from app.settings import LOOPBACK_NAMES
+
+log = logging.getLogger(__name__)
+
+UNMATCHED = "unmatched"
+
+
+class RequestContext:
+    """Gives every HTTP request and live socket its id, and every response `X-Request-Id`; measures how long it took.
+
+    A client that leaves an SSE stream while an event is being written ends quietly here: it is no fault of ours.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        request_id = new_request_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+        if scope["type"] == "websocket":
+            return await self.app(scope, receive, send)
+        return await self._serve_http(request_id, scope, receive, send)
+
+    async def _serve_http(self, request_id: str, scope: Scope, receive: Receive, send: Send) -> None:
+        started, status = time.perf_counter(), 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                add_headers(MutableHeaders(scope=message), request_id)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except* anyio.BrokenResourceError:
+            log.debug("request %s: the client left in the middle of an event", request_id)
+        finally:
+            duration_s = time.perf_counter() - started
+            self.metrics.request_duration.labels(find_route(scope), str(status)).observe(duration_s)
+
+
+def add_headers(headers: MutableHeaders, request_id: str) -> None:
+    headers.setdefault("X-Request-Id", request_id)
+    headers.setdefault("X-Content-Type-Options", "nosniff")
+    headers.setdefault("Referrer-Policy", "no-referrer")
+    headers.setdefault("X-Frame-Options", "DENY")
+
+
+def find_route(scope: Scope) -> str:
+    """The path template, so that ids don't become label values."""
+    return getattr(scope.get("route"), "path", UNMATCHED)
+
+
+class Guard:
+    """Refuses what needs no look inside: a Host that names another server, a body that declares itself too large.
+
+    A page elsewhere can point its own domain at 127.0.0.1 (DNS rebinding); the Host header gives it away. `hosts` None
+    allows any. A body without a declared length is cut by the framework when it gets too long.
+    """
+
+    def __init__(
+        self, app: ASGIApp, hosts: frozenset[str] | None, max_body_bytes: int, on_refusal: Callable[[ErrorAnswer], None]
+    ) -> None:
+        self.app, self.hosts, self.max_body_bytes, self.on_refusal = app, hosts, max_body_bytes, on_refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = None if scope["type"] == "lifespan" else self._find_fault(Headers(scope=scope))
+        if refusal is None:
+            return await self.app(scope, receive, send)
+        self.on_refusal(refusal)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        response = JSONResponse(refusal.body, refusal.status, {"Connection": "close"})
+        return await response(scope, receive, send)
+
+    def _find_fault(self, headers: Headers) -> ErrorAnswer | None:
+        host = headers.get("host", "")
+        if self.hosts is not None and host_name(host) not in self.hosts:
+            message = f"Host: {shorten(host)} is not this server; see FEWSTEP_ALLOWED_HOSTS"
+            return render(WrongHost(message, param="Host"))
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self.max_body_bytes:
+            return http_error(413, f"the body has {length[:20]} bytes, {self.max_body_bytes} are allowed")
+        return None
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header: without its port, without IPv6 brackets."""
+    name = host.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.rpartition(":")[0] if ":" in name else name
+
+
+def allowed_hosts(is_on_loopback: bool, extra: tuple[str, ...]) -> frozenset[str] | None:
+    """Loopback names for a loopback server; any name for others, unless the settings list some."""
+    if not is_on_loopback and not extra:
+        return None
+    return LOOPBACK_NAMES | {name.lower() for name in extra}

@@ -1,0 +1,62 @@
+"""Whether the process lives, whether pictures can be drawn, and the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from app.dependencies import GatewayDep
+from app.gateway import Gateway
+from broker.errors import BrokerUnavailable
+from broker.messages import WorkerInfo
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez")
+async def livez(gateway: GatewayDep) -> JSONResponse:
+    """200 while this process works as it should; Redis or workers being away doesn't change that."""
+    is_alive = gateway.replies.is_reading
+    return JSONResponse({"status": "alive" if is_alive else "reader stopped"}, 200 if is_alive else 503)
+
+
+@router.get("/readyz")
+async def readyz(gateway: GatewayDep) -> JSONResponse:
+    """200 once some live worker has proven a model by a real generation; what the others do meanwhile."""
+    try:
+        workers = await gateway.broker.workers()
+    except BrokerUnavailable:
+        return JSONResponse({"ready": False, "redis": "unavailable", "models": [], "workers": []}, 503)
+    models = sorted({warm.model for worker in workers if worker.state == "ready" for warm in worker.warm_models})
+    body = {"ready": bool(models), "redis": "ok", "models": models, "workers": [show_worker(w) for w in workers]}
+    return JSONResponse(body, 200 if models else 503)
+
+
+def show_worker(worker: WorkerInfo) -> dict[str, Any]:
+    return {
+        "worker_id": worker.worker_id,
+        "state": worker.state,
+        "detail": worker.detail,
+        "device": worker.device,
+        "warm_models": [warm.model for warm in worker.warm_models],
+        "num_running": worker.num_running,
+    }
+
+
+@router.get("/metrics")
+async def metrics(gateway: GatewayDep) -> Response:
+    """Prometheus' text format. What Redis knows is read for each scrape; it is stale while Redis is away."""
+    await refresh(gateway)
+    return Response(gateway.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def refresh(gateway: Gateway) -> None:
+    try:
+        depths = await gateway.broker.depths(list(gateway.catalog))
+        gateway.metrics.set_queue(depths, await gateway.broker.workers())
+        gateway.metrics.redis_up.set(1)
+    except BrokerUnavailable:
+        gateway.metrics.redis_up.set(0)

@@ -1,0 +1,66 @@
+"""`/v1/models`: what can be asked for, and how fast it is right now. OpenAI clients can read it too."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from app.admission import find_warm
+from app.dependencies import GatewayDep
+from app.schemas import ErrorBody, Limit, ModelCard, ModelList, WorkerCosts
+from broker.messages import WarmModel, WorkerInfo
+from models.catalog import ModelSpec
+
+router = APIRouter(prefix="/v1/models", tags=["models"], responses={"default": {"model": ErrorBody}})
+
+
+@router.get("")
+async def list_models(gateway: GatewayDep) -> ModelList:
+    workers = await gateway.fleet.workers()
+    cards = [show_model(spec, workers) for spec in gateway.catalog.values()]
+    return ModelList(default=gateway.settings.default_model, data=cards)
+
+
+@router.get("/{model}")
+async def read_model(model: str, gateway: GatewayDep) -> ModelCard:
+    return show_model(gateway.admission.find_model(model), await gateway.fleet.workers())
+
+
+def show_model(spec: ModelSpec, workers: list[WorkerInfo]) -> ModelCard:
+    warm = find_warm(workers, spec.name)
+    sizes = [f"{width}x{height}" for width, height in spec.sizes]
+    return ModelCard(
+        id=spec.name,
+        description=spec.description,
+        ready=bool(warm),
+        model_revision=warm[0][1].revision if warm else spec.public_revision,
+        license=spec.license,
+        license_note=spec.license_note,
+        sizes=sizes,
+        default_size=sizes[0],
+        num_inference_steps=Limit.model_validate(spec.num_inference_steps, from_attributes=True),
+        guidance_scale=Limit.model_validate(spec.guidance_scale, from_attributes=True),
+        schedulers=list(spec.schedulers),
+        default_scheduler=spec.default_scheduler,
+        max_num_images=spec.max_num_images,
+        max_prompt_chars=spec.max_prompt_chars,
+        has_tiny_decoder=spec.tiny_vae is not None,
+        example_prompts=spec.example_prompts,
+        deprecated=spec.deprecated.isoformat() if spec.deprecated else None,
+        sunset=spec.sunset.isoformat() if spec.sunset else None,
+        workers=[show_worker(worker, model) for worker, model in warm],
+    )
+
+
+def show_worker(worker: WorkerInfo, model: WarmModel) -> WorkerCosts:
+    return WorkerCosts(
+        worker_id=worker.worker_id,
+        device=worker.device,
+        dtype=worker.dtype,
+        revision=model.revision,
+        sizes=[f"{width}x{height}" for width, height in model.sizes],
+        max_batch_size=model.max_batch_size,
+        num_running=worker.num_running,
+        text_ms=model.text_ms,
+        step_ms=model.step_ms,
+        decode_ms=model.decode_ms,
+    )

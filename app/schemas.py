@@ -1,0 +1,239 @@
+"""Request and response bodies.
+
+A field's own limits stand here; what a model allows is checked by `app.admission` against its catalog entry.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from broker.messages import MAX_SEED, ImageFormat, State
+
+MAX_TEXT_CHARS = 32_000
+
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
+Name = Annotated[str, Field(min_length=1, max_length=100)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+NumImages = Annotated[int, Field(ge=1, le=100)]
+DecoderChoice = Literal["full", "tiny", "auto"]
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class _Request(BaseModel):
+    """No coercion: a bool is no number and "4" is no 4. Unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LoraChoice(_Request):
+    name: Name
+    weight: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 1.0
+
+
+class GenerationFields(_Request):
+    """What a picture can be asked for, the same over HTTP and over a live socket. null means the model's default."""
+
+    prompt: Text
+    negative_prompt: Text | None = None
+    model: Name | None = None
+    width: Pixels | None = None
+    height: Pixels | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
+    seed: Seed | None = None
+    scheduler: Name | None = None
+    loras: Annotated[list[LoraChoice], Field(max_length=8)] | None = None
+    num_images: NumImages | None = None
+    decoder: DecoderChoice | None = None
+    output_format: ImageFormat | None = None
+    output_quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    previews: bool | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None
+    metadata: bool | None = None
+
+
+class GenerationRequest(GenerationFields):
+    """Body of `POST /v1/generations`."""
+
+
+class Refine(_Request):
+    """The better picture that a live session draws by itself once the typing pauses."""
+
+    after_ms: Annotated[int, Field(ge=0, le=60_000)] = 300
+    num_inference_steps: Steps | None = None
+    decoder: DecoderChoice | None = None
+
+
+class LiveGenerate(GenerationFields):
+    type: Literal["generate"]
+    seq: Annotated[int, Field(ge=0, le=MAX_SEED)]
+    refine: Refine | None = None
+
+
+class LiveCancel(_Request):
+    type: Literal["cancel"]
+
+
+class LiveAck(_Request):
+    type: Literal["ack"]
+    frame: Annotated[int, Field(ge=1, le=MAX_SEED)]
+
+
+class OpenAIImageRequest(_Request):
+    """Body of `POST /v1/images/generations`: OpenAI's fields, and ours by the SDK's `extra_body`.
+
+    `quality`, `moderation`, `style` and `user` change nothing here and are accepted for clients that send them.
+    """
+
+    prompt: Text
+    model: Name | None = None
+    n: Annotated[int, Field(ge=1, le=10)] | None = None
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    output_format: ImageFormat | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    moderation: Literal["low", "auto"] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    user: Annotated[str, Field(max_length=500)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=500)] | None = None
+
+    negative_prompt: Text | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
+    seed: Seed | None = None
+    scheduler: Name | None = None
+    decoder: DecoderChoice | None = None
+    metadata: bool | None = None
+
+
+class Queue(BaseModel):
+    """`position` counts the requests that stand before this one; both are 0 once it runs.
+
+    `predicted_start_ms` comes from the workers' measured costs; null while no live worker holds the model.
+    """
+
+    position: int
+    predicted_start_ms: int | None
+
+
+class GeneratedImage(BaseModel):
+    index: int
+    seed: int
+    format: ImageFormat
+    width: int
+    height: int
+    url: str
+    b64_json: Annotated[str | None, Field(exclude_if=_is_none)] = None
+
+
+class GenerationTimings(BaseModel):
+    queue_ms: float
+    text_ms: float
+    denoise_ms: float
+    decode_ms: float
+    encode_ms: float
+    total_ms: float
+    steps_ms: list[float]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class Generation(BaseModel):
+    """A generation, everywhere the same. `parameters` are those used, seed included."""
+
+    id: str
+    state: State
+    model: str
+    model_revision: str
+    created_at: float
+    queue: Queue
+    parameters: dict[str, Any]
+    images: list[GeneratedImage]
+    timings: GenerationTimings | None
+    warnings: list[str]
+    error: Annotated[ErrorDetail | None, Field(exclude_if=_is_none)] = None
+
+
+class PreviewData(BaseModel):
+    """`data:` of an SSE preview."""
+
+    index: int
+    step: int
+    num_inference_steps: int
+    format: ImageFormat
+    b64_json: str
+
+
+class WorkerCosts(BaseModel):
+    """One live worker that holds the model warm, and what it measured: milliseconds by batch size."""
+
+    worker_id: str
+    device: str
+    dtype: str
+    revision: str
+    sizes: list[str]
+    max_batch_size: int
+    num_running: int
+    text_ms: float
+    step_ms: dict[int, float]
+    decode_ms: dict[int, float]
+
+
+class Limit(BaseModel):
+    default: float
+    min: float
+    max: float
+
+
+class ModelCard(BaseModel):
+    """A catalog entry; the first four fields are what OpenAI clients read."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "fewstep"
+    description: str
+    ready: bool
+    model_revision: str
+    license: str
+    license_note: str
+    sizes: list[str]
+    default_size: str
+    num_inference_steps: Limit
+    guidance_scale: Limit
+    schedulers: list[str]
+    default_scheduler: str
+    max_num_images: int
+    max_prompt_chars: int
+    has_tiny_decoder: bool
+    example_prompts: list[str]
+    deprecated: str | None
+    sunset: str | None
+    workers: list[WorkerCosts]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    default: str
+    data: list[ModelCard]

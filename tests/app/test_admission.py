@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from app.admission import (
+    Defaults,
+    check_size_text,
+    complete,
+    cost_per_request_ms,
+    draw_seed,
+    find_warnings,
+    predict_wait_ms,
+)
+from app.errors import InvalidRequest
+from app.schemas import GenerationFields
+from broker.messages import MAX_SEED, WarmModel, WorkerInfo
+from models.catalog import ModelSpec, load_catalog
+
+DEFAULTS = Defaults(output_format="jpeg")
+
+
+@pytest.fixture(scope="module")
+def spec() -> ModelSpec:
+    return load_catalog()["mini-lcm"]
+
+
+@pytest.fixture(scope="module")
+def wide_spec() -> ModelSpec:
+    return load_catalog()["sd15-lcm"]
+
+
+def fields(**values: Any) -> GenerationFields:
+    return GenerationFields(**{"prompt": "a red apple", **values})
+
+
+def test_everything_is_filled_in(spec: ModelSpec) -> None:
+    params = complete(fields(), spec, DEFAULTS)
+    assert (params.width, params.height, params.num_inference_steps) == (64, 64, 4)
+    assert (params.scheduler, params.guidance_scale, params.num_images) == ("lcm", 0.0, 1)
+    assert (params.output_format, params.output_quality, params.decoder) == ("jpeg", 85, "full")
+    assert (params.previews, params.metadata) == (False, True)
+    assert 0 <= params.seed <= MAX_SEED
+
+
+def test_seeds_are_drawn_and_kept(spec: ModelSpec) -> None:
+    assert complete(fields(), spec, DEFAULTS).seed != complete(fields(), spec, DEFAULTS).seed
+    assert complete(fields(seed=0), spec, DEFAULTS).seed == 0
+    assert complete(fields(), spec, Defaults("jpeg", seed=5)).seed == 5
+    assert all(draw_seed(9) + 8 <= MAX_SEED for _ in range(100))
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "allowed"),
+    [
+        ({"prompt": " \n "}, "prompt", "it must say something"),
+        ({"prompt": "x" * 501}, "prompt", "at most 500 characters, it has 501"),
+        ({"negative_prompt": "x" * 501}, "negative_prompt", "at most 500 characters"),
+        ({"width": 65}, "width", "sizes of mini-lcm: 64x64"),
+        ({"height": 512}, "height", "sizes of mini-lcm: 64x64"),
+        ({"num_inference_steps": 51}, "num_inference_steps", "1 to 50"),
+        ({"guidance_scale": 4.5}, "guidance_scale", "0 to 4"),
+        ({"scheduler": "heun"}, "scheduler", "lcm, ddim, euler-ancestral"),
+        ({"num_images": 10}, "num_images", "1 to 9"),
+        ({"seed": MAX_SEED, "num_images": 2}, "seed", str(MAX_SEED)),
+        ({"loras": [{"name": "sketch"}]}, "loras", "no style LoRAs"),
+    ],
+)
+def test_what_the_model_does_not_allow(spec: ModelSpec, values: dict[str, Any], param: str, allowed: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        complete(fields(**values), spec, DEFAULTS)
+    assert caught.value.param == param
+    assert str(caught.value).startswith(f"{param}: ")
+    assert allowed in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+def test_sizes_from_one_side(wide_spec: ModelSpec) -> None:
+    assert complete(fields(width=640), wide_spec, DEFAULTS).height == 448
+    assert complete(fields(height=640), wide_spec, DEFAULTS).width == 448
+    with pytest.raises(InvalidRequest, match="'640x512' is not allowed; sizes of sd15-lcm: 512x512, 448x640, 640x448"):
+        complete(fields(width=640, height=512), wide_spec, DEFAULTS)
+
+
+def test_openai_sizes(wide_spec: ModelSpec) -> None:
+    assert check_size_text("auto", wide_spec) == check_size_text(None, wide_spec) == (512, 512)
+    assert check_size_text("448x640", wide_spec) == (448, 640)
+    with pytest.raises(InvalidRequest, match="'1024x1024' is not allowed; sizes of sd15-lcm: auto, 512x512"):
+        check_size_text("1024x1024", wide_spec)
+
+
+def test_decoders(spec: ModelSpec) -> None:
+    quick = Defaults("jpeg", decoder="tiny")
+    assert complete(fields(decoder="auto"), spec, DEFAULTS).decoder == "full"
+    assert complete(fields(), spec, quick).decoder == "tiny"
+    assert complete(fields(decoder="full"), spec, quick).decoder == "full"
+    without_tiny = spec.model_copy(update={"tiny_vae": None})
+    assert complete(fields(), without_tiny, quick).decoder == "full"
+    with pytest.raises(InvalidRequest, match="only the full decoder"):
+        complete(fields(decoder="tiny"), without_tiny, DEFAULTS)
+
+
+def test_a_negative_prompt_without_guidance_is_told(spec: ModelSpec) -> None:
+    assert "no effect" in find_warnings(complete(fields(negative_prompt="blur"), spec, DEFAULTS))[0]
+    assert not find_warnings(complete(fields(negative_prompt="blur", guidance_scale=2), spec, DEFAULTS))
+    assert not find_warnings(complete(fields(negative_prompt=""), spec, DEFAULTS))
+
+
+def worker(num_running: int = 0, model: str = "mini-lcm", state: Any = "ready") -> WorkerInfo:
+    warm = WarmModel(model, "1", ((64, 64),), 8, 1.0, {1: 10.0, 8: 40.0}, {1: 4.0, 8: 16.0})
+    return WorkerInfo("w", state, "cpu", "float32", (warm,), num_running)
+
+
+def test_the_predicted_wait_grows_with_the_queue(spec: ModelSpec) -> None:
+    assert cost_per_request_ms(worker().warm_models[0], num_steps=4) == 1 + 4 * 5 + 2
+    assert predict_wait_ms([], spec, 0) is None
+    assert predict_wait_ms([worker(state="draining")], spec, 0) is None
+    assert predict_wait_ms([worker(model="other")], spec, 0) is None
+    assert predict_wait_ms([worker()], spec, 7) == 0
+    assert predict_wait_ms([worker(num_running=8)], spec, 0) == 23
+    assert predict_wait_ms([worker(num_running=8)], spec, 9) == 230
+    assert predict_wait_ms([worker(num_running=8), worker(num_running=8)], spec, 9) == 115

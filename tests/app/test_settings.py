@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from app.main import bind, create_app
+from app.settings import GatewaySettings, SettingsError, check_exposure, is_loopback
+
+
+def test_the_message_names_key_and_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_PORT", "eighty")
+    with pytest.raises(SettingsError, match=r"^FEWSTEP_PORT='eighty': .*integer") as caught:
+        GatewaySettings.load()
+    assert "\n" not in str(caught.value)
+
+
+def test_environment_and_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_MAX_DEPTH", "7")
+    monkeypatch.setenv("FEWSTEP_ALLOWED_ORIGINS", "https://a.example, https://b.example/")
+    settings = GatewaySettings.load(port=81)
+    assert (settings.max_depth, settings.port) == (7, 81)
+    assert settings.allowed_origins == ("https://a.example", "https://b.example")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.3.2.1", "LocalHost"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+    check_exposure(GatewaySettings.load(host=host))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
+def test_an_open_host_without_keys_does_not_start(host: str) -> None:
+    assert not is_loopback(host)
+    with pytest.raises(SettingsError, match="FEWSTEP_ALLOW_ANONYMOUS=1"):
+        create_app(GatewaySettings.load(host=host))
+    create_app(GatewaySettings.load(host=host, allow_anonymous=True))
+
+
+def test_an_unknown_default_model_does_not_start() -> None:
+    with pytest.raises(SettingsError, match=r"FEWSTEP_DEFAULT_MODEL='nope'.*mini-lcm"):
+        create_app(GatewaySettings.load(default_model="nope"))
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"can't listen on 127.0.0.1:{port}.*in use.*FEWSTEP_PORT"):
+            bind(GatewaySettings.load(port=port))

@@ -1,0 +1,107 @@
+"""The shipped miniature: loads in plain diffusers, the LoRA fuses, and four steps draw what the prompt says."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionPipeline
+
+from models.training.recognizer import ColorNamer, Recognizer
+from models.training.reference import Reference, load_reference
+
+BUNDLED = Path(__file__).parents[2] / "models" / "bundled"
+
+PROMPTS = [
+    ("red apple", "blue"), ("dog", "pink"), ("cat", "teal"), ("banana", "purple"), ("rocket", "white"),
+    ("sunflower", "blue"), ("pizza", "green"), ("panda", "yellow"), ("frog", "orange"), ("crown", "black"),
+    ("strawberry", "white"), ("penguin", "yellow"), ("cactus", "orange"), ("car", "gray"), ("robot", "green"),
+    ("octopus", "teal"), ("house", "purple"), ("guitar", "white"), ("balloon", "teal"), ("lion", "green"),
+    ("watermelon", "brown"), ("unicorn", "orange"), ("light bulb", "red"), ("green star", "pink"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED / "mini-sd", variant="fp16", torch_dtype=torch.float32)
+    pipeline.load_lora_weights(BUNDLED / "mini-lcm-lora")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.scheduler = LCMScheduler.from_pretrained(BUNDLED / "mini-lcm-lora")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return load_reference(BUNDLED / "mini-sd" / "reference")
+
+
+def generate(
+    pipeline: StableDiffusionPipeline, prompts: list[str]
+) -> list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+    output = pipeline(prompts, num_inference_steps=4, guidance_scale=0, generator=generators)
+    return [np.asarray(image) for image in output.images]
+
+
+def test_four_steps_draw_the_thing_and_the_background(pipeline: StableDiffusionPipeline, reference: Reference) -> None:
+    pictures = generate(pipeline, [f"a {name} on a {color} background" for name, color in PROMPTS])
+    recognizer, namer = Recognizer(reference.sprites), ColorNamer(list(reference.colors.values()))
+    colors = list(reference.colors)
+    things = [recognizer.single(picture) for picture in pictures]
+    right_things = [
+        thing is not None and name in reference.names[thing] for thing, (name, _) in zip(things, PROMPTS, strict=True)
+    ]
+    right_colors = [colors[namer.name(picture)] == color for picture, (_, color) in zip(pictures, PROMPTS, strict=True)]
+    assert np.mean(right_things) >= 0.8
+    assert np.mean(right_colors) >= 0.9
+
+
+def test_capitals_change_nothing(pipeline: StableDiffusionPipeline) -> None:
+    lower, upper = (generate(pipeline, [prompt])[0] for prompt in ("a red apple", "A Red Apple"))
+    assert np.array_equal(lower, upper)
+
+
+def test_the_tiny_decoder_reads_the_same_latents(pipeline: StableDiffusionPipeline) -> None:
+    tiny = AutoencoderTiny.from_pretrained(BUNDLED / "mini-taesd", variant="fp16", torch_dtype=torch.float32)
+    latents = pipeline(
+        ["a red apple on a blue background"],
+        num_inference_steps=4,
+        guidance_scale=0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    with torch.no_grad():
+        full = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+        quick = tiny.decode(latents).sample.clamp(-1, 1)
+    assert (full - quick).abs().mean() < 0.1
+
+
+def test_loading_and_fusing_warns_of_nothing() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            BUNDLED / "mini-sd", variant="fp16", torch_dtype=torch.float32
+        )
+        pipeline.load_lora_weights(BUNDLED / "mini-lcm-lora")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    assert not [str(warning.message) for warning in caught if "key" in str(warning.message)]
+    assert {parameter.dtype for parameter in pipeline.text_encoder.parameters()} == {torch.float32}
+
+
+def test_the_scheduler_ships_with_the_lora() -> None:
+    config = json.loads((BUNDLED / "mini-lcm-lora" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == "LCMScheduler"
+    assert config["original_inference_steps"] == 20
+    assert config["prediction_type"] == "v_prediction"
+    assert config["rescale_betas_zero_snr"] is True
+
+
+def test_all_files_together_stay_under_twenty_megabytes() -> None:
+    sizes = [path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()]
+    assert sum(sizes) < 20_000_000
+    assert all((BUNDLED / name / "README.md").exists() for name in ("mini-sd", "mini-taesd", "mini-lcm-lora"))

@@ -1,0 +1,31 @@
+"""Tiny worlds for the training tests: drawn shapes only, so that no font is needed."""
+
+import pytest
+from transformers import CLIPTokenizer
+
+from models.training.latents import encode_scenes, fit_code
+from models.training.linear_code import LinearCode
+from models.training.teacher import CaptionedLatents
+from models.training.tokenizer import build_tokenizer
+from models.training.vocabulary import Vocabulary, load_vocabulary
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Vocabulary:
+    return load_vocabulary().without_emoji()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shapes: Vocabulary) -> CLIPTokenizer:
+    return build_tokenizer(shapes, num_captions=500, max_merges=200)
+
+
+@pytest.fixture(scope="session")
+def code(shapes: Vocabulary) -> LinearCode:
+    return fit_code(shapes, count=100)
+
+
+@pytest.fixture
+def data(shapes: Vocabulary, code: LinearCode, tokenizer: CLIPTokenizer) -> CaptionedLatents:
+    """Eight pictures that every batch draws from."""
+    return CaptionedLatents(encode_scenes(shapes, code, count=8, batch_size=8), shapes, tokenizer, batch_size=8)

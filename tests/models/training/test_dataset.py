@@ -1,0 +1,68 @@
+import random
+
+import numpy as np
+
+from models.training.captions import Captioner, plain_caption
+from models.training.dataset import Composer, Scene, SceneSampler
+from models.training.recognizer import ColorNamer, Recognizer, background_noise
+from models.training.vocabulary import Vocabulary, load_vocabulary
+
+
+def test_every_name_means_one_thing() -> None:
+    names = [name for thing in load_vocabulary().things for name in thing.names]
+    assert len(names) == len(set(names))
+
+
+def test_the_vocabulary_is_large_and_has_twelve_colors() -> None:
+    vocabulary = load_vocabulary()
+    assert 160 <= len(vocabulary.emoji) <= 180
+    assert len(vocabulary.colors) == 12
+    assert vocabulary.find("puppy") == vocabulary.find("dog")
+
+
+def test_a_named_background_is_painted_plainly(shapes: Vocabulary) -> None:
+    blue = [color.name for color in shapes.colors].index("blue")
+    scene = Scene((shapes.find("red circle"),), background=blue)
+    picture = Composer(shapes).compose(scene, random.Random(0))
+    assert picture.shape == (64, 64, 3)
+    assert tuple(picture[0, 0]) == shapes.colors[blue].rgb
+    assert background_noise(picture) < 1
+
+
+def test_the_same_seed_paints_the_same_picture_and_another_seed_another(shapes: Vocabulary) -> None:
+    composer, scene = Composer(shapes), Scene((0,), background=3)
+    first, again, other = (composer.compose(scene, random.Random(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_shape_never_vanishes_on_its_own_color(shapes: Vocabulary) -> None:
+    sampler, rng = SceneSampler(shapes), random.Random(0)
+    for scene in (sampler.sample(rng) for _ in range(500)):
+        assert scene.background not in {shapes.things[thing].color for thing in scene.things}
+
+
+def test_captions_name_what_is_there(shapes: Vocabulary) -> None:
+    sampler, captioner, rng = SceneSampler(shapes), Captioner(shapes), random.Random(0)
+    for scene in (sampler.sample(rng) for _ in range(200)):
+        caption = captioner.caption(scene, rng)
+        assert all(any(name in caption for name in shapes.things[thing].names) for thing in scene.things)
+        assert "{" not in caption
+
+
+def test_plain_captions_read_well(shapes: Vocabulary) -> None:
+    orange = [color.name for color in shapes.colors].index("orange")
+    star, ring = shapes.find("blue star"), shapes.find("orange ring")
+    assert plain_caption(Scene((star,), background=orange), shapes) == "a blue star on an orange background"
+    assert plain_caption(Scene((star, ring), "column"), shapes) == "a blue star above an orange ring"
+
+
+def test_the_recognizer_knows_painted_scenes(shapes: Vocabulary) -> None:
+    composer, sampler, rng = Composer(shapes), SceneSampler(shapes, pairs=0), random.Random(4)
+    recognizer = Recognizer(composer.sprites)
+    namer = ColorNamer([color.rgb for color in shapes.colors])
+    scenes = [scene for scene in (sampler.sample(rng) for _ in range(80)) if scene.background is not None]
+    pictures = [composer.compose(scene, rng) for scene in scenes]
+    right = [recognizer.single(picture) == scene.things[0] for scene, picture in zip(scenes, pictures, strict=True)]
+    assert sum(right) >= 0.9 * len(right)
+    assert all(namer.name(picture) == scene.background for scene, picture in zip(scenes, pictures, strict=True))
