@@ -56,16 +56,17 @@ def serve(
 
     Example: fewstep serve --port 9000
     """
-    from app.settings import GatewaySettings, SettingsError, check_exposure
+    from app.settings import GatewaySettings, check_exposure
     from broker.embedded import resolve
     from broker.errors import BrokerError
+    from broker.settings import SettingsError
     from models.catalog import CatalogError, get_spec, load_catalog
 
     _configure_logging()
     try:
         settings = GatewaySettings.load(host=host, port=port, default_model=model)
         check_exposure(settings)
-        get_spec(load_catalog(), model)
+        get_spec(load_catalog(settings.catalog), model)
         _check_port(host, port)
         with resolve(data_dir=data_dir) as redis:
             asyncio.run(_check_redis(redis.url))
@@ -110,8 +111,9 @@ def gateway() -> None:
     Example: FEWSTEP_REDIS_URL=redis://10.0.0.5:6379 fewstep gateway
     """
     from app.main import run
-    from app.settings import GatewaySettings, SettingsError
+    from app.settings import GatewaySettings
     from broker.errors import BrokerError
+    from broker.settings import SettingsError
     from models.catalog import CatalogError
 
     _configure_logging()
@@ -129,9 +131,8 @@ def worker() -> None:
 
     Example: FEWSTEP_MODELS=mini-lcm FEWSTEP_DEVICE=cuda:1 fewstep worker
     """
-    from pydantic import ValidationError
-
     from broker.errors import BrokerError
+    from broker.settings import SettingsError
     from models.catalog import CatalogError
     from models.loading import LoadError
     from workers.engine.calibration import WarmUpError
@@ -139,11 +140,8 @@ def worker() -> None:
 
     _configure_logging()
     try:
-        asyncio.run(_run_worker(WorkerSettings()))
-    except ValidationError as error:
-        first = error.errors()[0]
-        _fail(f"FEWSTEP_{str(first['loc'][0]).upper()}={first['input']!r}: {first['msg']}")
-    except (LoadError, WarmUpError, CatalogError) as error:
+        asyncio.run(_run_worker(WorkerSettings.load()))
+    except (SettingsError, LoadError, WarmUpError, CatalogError) as error:
         _fail(str(error))
     except BrokerError as error:
         _fail(str(error), status=1)

@@ -25,10 +25,11 @@ from app.metrics import Metrics
 from app.middleware import Guard, RequestContext, allowed_hosts
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
-from app.settings import GatewaySettings, SettingsError, check_exposure, is_loopback
+from app.settings import GatewaySettings, check_exposure, is_loopback
 from app.tasks import running
 from broker.errors import BrokerUnavailable, RedisTooOld
 from broker.redis_broker import Limits, RedisBroker
+from broker.settings import SettingsError
 from models.catalog import ModelSpec, UnknownModelError, get_spec, load_catalog
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 3.0
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 def create_app(settings: GatewaySettings) -> FastAPI:
     """Raises SettingsError, or CatalogError where the catalog can't be read. Connects to nothing before startup."""
     check_exposure(settings)
-    catalog = load_catalog()
+    catalog = load_catalog(settings.catalog)
     check_default_model(settings, catalog)
     metrics = Metrics()
     app = FastAPI(

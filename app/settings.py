@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import Annotated, Any, Literal, Self
+from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
-ENV_PREFIX = "FEWSTEP_"
+from broker.settings import SettingsError, SharedSettings
+from models.catalog import CATALOG_PATH
+
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
-class SettingsError(Exception):
-    """Settings that can't be used: one line that names the key, the value and what to do."""
+class GatewaySettings(SharedSettings):
+    """Sizes are bytes, times end in `_s` or `_ms`.
 
-
-class GatewaySettings(BaseSettings):
-    """Frozen and checked when built; `load` turns pydantic's report into one line.
-
-    Sizes are bytes, times end in `_s` or `_ms`. `allowed_origins` are further origins ("https://example.org") that may
-    open a live socket, `allowed_hosts` further names that the Host header may carry; both may be comma-separated.
+    `allowed_origins` are further origins ("https://example.org") that may open a live socket, `allowed_hosts` further
+    names that the Host header may carry; both may be comma-separated.
     """
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True)
-
-    redis_url: str = "redis://127.0.0.1:6379/0"
-    redis_prefix: str = Field(default="fewstep", min_length=1)
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    catalog: Path = CATALOG_PATH
     default_model: str = "mini-lcm"
     max_depth: int = Field(default=1000, ge=1)
     max_result_bytes: int = Field(default=512 * 2**20, ge=2**20)
@@ -60,16 +55,6 @@ class GatewaySettings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip().rstrip("/") for part in value.split(",") if part.strip())
         return value
-
-    @classmethod
-    def load(cls, **overrides: Any) -> Self:
-        """Settings from the environment, `overrides` first. Raises SettingsError."""
-        try:
-            return cls(**overrides)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = f"{ENV_PREFIX}{'.'.join(str(part) for part in first['loc'])}".upper()
-            raise SettingsError(f"{key}={first['input']!r}: {first['msg']}") from error
 
 
 def is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.service import free_port
 from tests.small_models import write_small_catalog
 
 
@@ -94,7 +95,8 @@ def test_an_unknown_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("FEWSTEP_DTYPE", "float7"), ("FEWSTEP_LEASE_S", "-1"), ("FEWSTEP_MODELS", "nothing")]
+    ("variable", "value"),
+    [("FEWSTEP_DTYPE", "float7"), ("FEWSTEP_LEASE_S", "-1"), ("FEWSTEP_MODELS", "nothing"), ("FEWSTEP_DEVICE", "gpu9")],
 )
 def test_a_bad_worker_setting(variable: str, value: str) -> None:
     result = fewstep("worker", **{variable: value})
@@ -106,7 +108,7 @@ def test_a_damaged_model_ends_serve_with_its_name(tmp_path: Path) -> None:
     catalog = write_small_catalog(tmp_path)
     weights = next((tmp_path / "sd" / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    result = fewstep("serve", "--model", "small", "--port", "18431", FEWSTEP_CATALOG=str(catalog))
+    result = fewstep("serve", "--model", "small", "--port", str(free_port()), FEWSTEP_CATALOG=str(catalog))
     assert result.returncode == 78
     reasons = [line for line in result.stderr.splitlines() if line.startswith("fewstep: ")]
     assert reasons == [line for line in reasons if str(weights) in line and "not a sound safetensors file" in line]

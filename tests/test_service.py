@@ -199,7 +199,7 @@ def test_models_health_metrics_page(http: httpx.Client) -> None:
         (b'{"prompt": 3}', 400, "prompt"),
         (b"{}", 400, "prompt"),
         (b'{"prompt": "a", "width": 63}', 400, "width"),
-        (b'{"prompt": "a", "seed": NaN}', 400, None),
+        (b'{"prompt": "a", "seed": NaN}', 400, "seed"),
         (b'{"prompt": "a", "steps": 4}', 400, "steps"),
         (b'{"prompt": "a", "model": "nothing"}', 404, "model"),
         (b'{"prompt": "' + b"a" * 70_000 + b'"}', 413, None),

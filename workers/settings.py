@@ -6,22 +6,17 @@ import os
 import socket
 import uuid
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from broker.settings import SharedSettings
 from models.catalog import CATALOG_PATH
 
 
-class WorkerSettings(BaseSettings):
-    """Frozen, checked when built; a bad value's message names the variable."""
+class WorkerSettings(SharedSettings):
+    """Times end in `_s`."""
 
-    model_config = SettingsConfigDict(env_prefix="FEWSTEP_", frozen=True, extra="ignore")
-
-    redis_url: str = "redis://127.0.0.1:6379/0"
-    redis_prefix: str = "fewstep"
-    models: str = Field("mini-lcm", description="catalog entries to keep warm, separated by commas")
+    models: str = Field("mini-lcm", pattern=r"[^\s,]", description="catalog entries to keep warm, separated by commas")
     catalog: Path = CATALOG_PATH
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes CUDA where there is one")
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
@@ -31,7 +26,6 @@ class WorkerSettings(BaseSettings):
     max_stall_s: float = Field(60.0, gt=0, description="a step that takes longer counts as hung")
     drain_s: float = Field(20.0, ge=0, description="how long running requests may finish after SIGTERM")
     encode_threads: int = Field(2, ge=1)
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property
     def model_names(self) -> list[str]:

@@ -19,6 +19,7 @@ from broker.errors import BrokerError, BrokerUnavailable
 from broker.messages import Abort, Delivery, WarmModel, WorkerInfo
 from broker.redis_broker import RedisBroker
 from broker.renewal import LeaseRenewer
+from broker.settings import SettingsError
 from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, default_dtype, load_pipeline
 from workers.engine import Engine, EngineOutput, PreviewReady
@@ -284,7 +285,11 @@ class Worker:
 
 
 def _placement(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
-    device = default_device() if settings.device == "auto" else torch.device(settings.device)
+    try:
+        device = default_device() if settings.device == "auto" else torch.device(settings.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"FEWSTEP_DEVICE={settings.device!r}: {str(error).splitlines()[0]}") from error
     dtype: torch.dtype = default_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return device, dtype
 

@@ -5,7 +5,8 @@ import socket
 import pytest
 
 from app.main import bind, create_app
-from app.settings import GatewaySettings, SettingsError, check_exposure, is_loopback
+from app.settings import GatewaySettings, check_exposure, is_loopback
+from broker.settings import SettingsError
 
 
 def test_the_message_names_key_and_value(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,34 @@
+"""The settings that gateway and worker share, and how both read theirs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "FEWSTEP_"
+
+
+class SettingsError(Exception):
+    """Settings that can't be used: one line that names the key, the value and what to do."""
+
+
+class SharedSettings(BaseSettings):
+    """Frozen and checked when built; `load` turns pydantic's report into one line."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True)
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_prefix: str = Field(default="fewstep", min_length=1)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Settings from the environment, `overrides` first. Raises SettingsError."""
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = f"{ENV_PREFIX}{'.'.join(str(part) for part in first['loc'])}".upper()
+            raise SettingsError(f"{key}={first['input']!r}: {first['msg']}") from error
