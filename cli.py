@@ -21,7 +21,7 @@ from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, die_with_paren
 
 if TYPE_CHECKING:
     from broker.embedded import EmbeddedRedis, GivenRedis
-    from broker.messages import SamplingParams
+    from broker.messages import Job
     from models.catalog import ModelSpec
     from workers.settings import WorkerSettings
     from workers.worker import Report
@@ -137,6 +137,7 @@ def worker() -> None:
     from models.loading import LoadError
     from workers.engine.calibration import WarmUpError
     from workers.settings import WorkerSettings
+    from workers.worker import EngineLost
 
     _configure_logging()
     try:
@@ -145,6 +146,9 @@ def worker() -> None:
         _fail(str(error))
     except BrokerError as error:
         _fail(str(error), status=1)
+    except EngineLost as error:
+        console.print(f"fewstep: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        os._exit(1)  # a normal end would wait for the engine's thread
 
 
 async def _run_worker(settings: WorkerSettings) -> None:
@@ -179,10 +183,16 @@ def generate(
 
     Example: fewstep generate "a red apple on a blue background" -o apple.png
     """
-    from app.admission import Defaults, complete
+    from pydantic import ValidationError
+
+    from app.admission import Defaults, complete, find_warnings
     from app.errors import GatewayError
     from app.schemas import GenerationFields
+    from broker.messages import Job
+    from broker.settings import SettingsError
     from models.catalog import CatalogError, get_spec, load_catalog
+    from models.loading import LoadError
+    from workers.settings import WorkerSettings
 
     formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
     if output.suffix.lower() not in formats:
@@ -199,36 +209,39 @@ def generate(
         "output_format": formats[output.suffix.lower()],
     }
     try:
-        spec = get_spec(load_catalog(), model)
+        settings = WorkerSettings.load(models=model)
+        spec = get_spec(load_catalog(settings.catalog), model)
         params = complete(GenerationFields.model_validate(fields), spec, Defaults(output_format="png"))
-        _draw(spec, params, output)
-    except (CatalogError, GatewayError, ValueError, OSError) as error:
+        job = Job("cli", spec.name, params, "api", "cli", gateway_id=None, keep_s=0, warnings=find_warnings(params))
+        _draw(job, spec, settings, output)
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"{first['loc'][0]}={first['input']!r}: {first['msg']}")
+    except (SettingsError, CatalogError, GatewayError, LoadError, OSError) as error:
         _fail(str(error))
 
 
-def _draw(spec: ModelSpec, params: SamplingParams, output: Path) -> None:
-    from broker.messages import Delivery, Job
-    from models.loading import LoadError, default_device, default_dtype, load_pipeline
+def _draw(job: Job, spec: ModelSpec, settings: WorkerSettings, output: Path) -> None:
+    from broker.messages import Delivery
+    from models.loading import load_pipeline
     from workers.engine import Engine, Finished, GenerationFailed
     from workers.engine.engine import run_until_done
     from workers.engine.runner import ModelRunner
     from workers.images import encode_picture
+    from workers.publisher import collect_warnings
+    from workers.worker import place
 
     _hush_libraries()
-    device = default_device()
-    try:
-        with console.status(f"loading {spec.name}"):
-            pipeline = load_pipeline(spec, device, default_dtype(device))
-    except LoadError as error:
-        _fail(str(error))
-    engine = Engine({spec.name: ModelRunner(pipeline)})
-    job = Job("cli", spec.name, params, lane="api", owner="cli", gateway_id=None, keep_s=0)
+    with console.status(f"loading {spec.name}"):
+        engine = Engine({spec.name: ModelRunner(load_pipeline(spec, *place(settings)))})
     engine.add(Delivery(job, attempt=1, waited_ms=0))
     match run_until_done(engine):
         case [Finished(request=request, pixels=pixels)]:
             output.write_bytes(encode_picture(job, 0, pixels[0]).data)
+            for warning in collect_warnings(request):
+                console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
             steps_ms = ", ".join(f"{ms:.0f}" for ms in request.steps_ms)
-            console.print(f"{output}: seed {params.seed}, steps {steps_ms} ms, decode {request.decode_ms:.0f} ms")
+            console.print(f"{output}: seed {job.params.seed}, steps {steps_ms} ms, decode {request.decode_ms:.0f} ms")
         case [GenerationFailed(error=reason)]:
             _fail(f"{type(reason).__name__}: {reason}")
         case outputs:
@@ -240,12 +253,14 @@ def list_models() -> None:
     """The catalog: names, steps, sizes, licences."""
     from rich.table import Table
 
+    from broker.settings import SettingsError
     from models.catalog import CatalogError, load_catalog
+    from workers.settings import WorkerSettings
 
     table = Table("name", "steps", "sizes", "licence", "description", box=None, pad_edge=False)
     try:
-        catalog = load_catalog()
-    except CatalogError as error:
+        catalog = load_catalog(WorkerSettings.load().catalog)
+    except (SettingsError, CatalogError) as error:
         _fail(str(error))
     for spec in catalog.values():
         steps = spec.num_inference_steps

@@ -18,7 +18,17 @@ from broker.errors import BrokerUnavailable, RedisTooOld
 MIN_VERSION = (6, 2)
 
 # What makes a server refuse for now, though it answers: it loads, is a replica, is out of memory, or is busy.
-_PASSING_ERRORS = ("LOADING", "READONLY", "MASTERDOWN", "OOM", "MISCONF", "BUSY ", "NOREPLICAS", "CLUSTERDOWN")
+_PASSING_ERRORS = (
+    "LOADING",
+    "READONLY",
+    "MASTERDOWN",
+    "OOM",
+    "MISCONF",
+    "BUSY ",
+    "NOREPLICAS",
+    "CLUSTERDOWN",
+    "UNBLOCKED",
+)
 
 Arg = str | bytes | int | float
 Entry = tuple[str, dict[bytes, bytes]]
@@ -75,6 +85,8 @@ def translated_errors() -> Iterator[None]:
         if _count_cancels() > num_cancels:
             raise asyncio.CancelledError
     except (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError) as error:
+        if _count_cancels() > num_cancels:
+            raise asyncio.CancelledError from error
         raise BrokerUnavailable(f"Redis can't be reached: {error}") from error
     except exceptions.ResponseError as error:
         if isinstance(error, exceptions.OutOfMemoryError) or is_passing(error):

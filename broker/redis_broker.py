@@ -242,6 +242,10 @@ class RedisBroker:
         for request_id in request_ids:
             self._held[worker_id].pop(request_id, None)
 
+    def forget(self, worker_id: str, request_id: str) -> None:
+        """The worker has heard that it lost this request, and holds it no more."""
+        self._held[worker_id].pop(request_id, None)
+
     async def reclaim(self, worker_id: str, model: str, lease_s: float, count: int) -> list[Delivery]:
         """Takes over up to `count` requests that other workers haven't renewed for a lease.
 

@@ -46,7 +46,7 @@ class LoraSpec(_Entry):
     """A LoRA fused into the weights at load, as the LCM-LoRA is. `source` as in ModelSpec."""
 
     source: str
-    weight_name: str = "pytorch_lora_weights.safetensors"
+    weight_name: str = Field("pytorch_lora_weights.safetensors", pattern=r"\.safetensors$")
     scale: float = 1.0
 
 

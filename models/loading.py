@@ -26,13 +26,29 @@ class LoadError(Exception):
 
 def load_pipeline(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> FewStepPipeline:
     """The model of a catalog entry, ready to compute on `device` in `dtype`. Raises LoadError."""
-    pipe = load_diffusers(spec, device, dtype)
-    tiny_vae = _load_tiny_vae(spec, device, dtype)
-    return StableDiffusion(spec, device, dtype, pipe=pipe, tiny_vae=tiny_vae)
+    pipe = _load_parts(spec, dtype)
+    try:
+        return StableDiffusion(
+            spec,
+            device,
+            dtype,
+            pipe=_settle(pipe, device),
+            tiny_vae=_load_tiny_vae(spec, device, dtype),
+            scheduler_config=dict(pipe.scheduler.config),
+        )
+    except torch.OutOfMemoryError as error:
+        raise LoadError(f"{spec.name}: {device} has too little memory for it") from error
 
 
 def load_diffusers(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
     """diffusers' own pipeline for the entry, LoRA fused, default scheduler set: the engine's parts and its oracle."""
+    pipe = _load_parts(spec, dtype)
+    default = spec.schedulers[spec.default_scheduler]
+    pipe.scheduler = getattr(diffusers, default.class_name).from_config(pipe.scheduler.config, **default.config)
+    return _settle(pipe, device)
+
+
+def _load_parts(spec: ModelSpec, dtype: torch.dtype) -> Any:
     source = resolve_source(spec.source)
     _check_weights(spec, source)
     parts = {"vae": _load_vae(spec, dtype)} if spec.vae else {}
@@ -47,10 +63,8 @@ def load_diffusers(spec: ModelSpec, device: torch.device, dtype: torch.dtype) ->
     )
     if spec.lora is not None:
         _fuse_lora(pipe, spec, spec.lora)
-    default = spec.schedulers[spec.default_scheduler]
-    pipe.scheduler = getattr(diffusers, default.class_name).from_config(pipe.scheduler.config, **default.config)
     pipe.set_progress_bar_config(disable=True)
-    return _settle(pipe, device)
+    return pipe
 
 
 def default_device() -> torch.device:
@@ -64,7 +78,9 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def _load_vae(spec: ModelSpec, dtype: torch.dtype) -> Any:
     assert spec.vae is not None
-    return _from_pretrained(diffusers.AutoencoderKL, spec, resolve_source(spec.vae), dtype)
+    source = resolve_source(spec.vae)
+    _check_weights(spec, source)
+    return _from_pretrained(diffusers.AutoencoderKL, spec, source, dtype)
 
 
 def _load_tiny_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any | None:
@@ -77,6 +93,8 @@ def _load_tiny_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) ->
 
 def _from_pretrained(kind: Any, spec: ModelSpec, source: str, dtype: torch.dtype, **arguments: Any) -> Any:
     is_local = Path(source).is_dir()
+    if Path(source).is_absolute() and not is_local:
+        raise LoadError(f"{spec.name}: can't load {kind.__name__}: there is no folder {source}")
     variant = spec.variant if not is_local or _has_variant(Path(source), spec.variant) else None
     revision = None if is_local else spec.revision
     try:
@@ -111,7 +129,7 @@ def _fuse_lora(pipe: Any, spec: ModelSpec, lora: LoraSpec) -> None:
     source = resolve_source(lora.source)
     _check_weights(spec, source)
     try:
-        pipe.load_lora_weights(source, weight_name=lora.weight_name)
+        pipe.load_lora_weights(source, weight_name=lora.weight_name, use_safetensors=True)
         pipe.fuse_lora(lora_scale=lora.scale)
         pipe.unload_lora_weights()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -20,7 +20,8 @@ Command = Callable[[Engine], None]
 class EngineThread:
     """Builds an engine on its own thread, then steps it while there is work.
 
-    `build` loads and warms the models; `on_outputs` is called on the engine thread and must only hand over.
+    `build` loads and warms the models; `on_outputs` is called on the engine thread and must only hand over. `built`
+    and `ended` tell when the one and the other is over, and what went wrong.
     """
 
     def __init__(self, build: Callable[[], Engine], on_outputs: Callable[[list[EngineOutput]], None]) -> None:
@@ -29,6 +30,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.built: Future[None] = Future()
+        self.ended: Future[None] = Future()
         self.last_progress_s = time.monotonic()
 
     def start(self) -> None:
@@ -43,7 +45,8 @@ class EngineThread:
     def stop(self, timeout_s: float) -> None:
         """Ends the thread after its current step; gives up waiting after `timeout_s`."""
         self._commands.put(None)
-        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
 
     def is_stalled(self, max_stall_s: float) -> bool:
         """Whether the current step has run longer than any step should. An idle engine makes progress all the time."""
@@ -56,6 +59,15 @@ class EngineThread:
             self.built.set_exception(error)
             return
         self.built.set_result(None)
+        try:
+            self._main_loop(engine)
+        except Exception as error:  # noqa: BLE001 - handed to whoever watches `ended`
+            self.ended.set_exception(error)
+        else:
+            self.ended.set_result(None)
+
+    def _main_loop(self, engine: Engine) -> None:
+        self.last_progress_s = time.monotonic()
         while self._obey(engine):
             self.last_progress_s = time.monotonic()
             if outputs := engine.step():

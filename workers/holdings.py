@@ -43,7 +43,12 @@ class Holdings:
     def num_running(self) -> int:
         return len(self._rows)
 
+    def has_room_for(self, delivery: Delivery) -> bool:
+        """Whoever holds nothing takes anything. Live work always fits: going back, it would be overtaken."""
+        is_first = not self._rows
+        return is_first or delivery.job.lane == "live" or RequestState(delivery).num_rows <= self.room
+
     @property
     def room(self) -> int:
-        """Rows that may still be taken: never more are held than the largest batch has."""
+        """Rows that may still be taken: about one batch is held, never more."""
         return max(0, self.max_rows - self.num_rows)

@@ -16,6 +16,7 @@ from broker.messages import Job, Picture
 
 PNG_COMPRESS_LEVEL = 1  # level 6 takes twice as long for 1 % fewer bytes of a photo
 WEBP_METHOD = 0
+MAX_EXIF_CHARS = 60_000
 
 
 def encode_picture(job: Job, index: int, pixels: NDArray[np.uint8]) -> Picture:
@@ -23,6 +24,8 @@ def encode_picture(job: Job, index: int, pixels: NDArray[np.uint8]) -> Picture:
     params = job.params
     height, width, _ = pixels.shape
     text = describe(job, index) if params.metadata else None
+    if text is not None and params.output_format != "png" and len(text) > MAX_EXIF_CHARS:
+        text = None  # doesn't fit into a JPEG's one segment
     data = _encode(Image.fromarray(pixels), params.output_format, params.output_quality, text)
     return Picture(index, params.seed + index, params.output_format, width, height, data)
 

@@ -79,10 +79,13 @@ class Publisher:
 
     async def publish_ending(self, output: Ending) -> None:
         """Success and failure leave by the same door; what another worker has taken over leaves in silence."""
-        event = await self._ending_event(output)
-        if event is not None:
+        try:
+            event = await self._ending_event(output)
+        except Exception as error:  # noqa: BLE001 - whatever encoding raises, the request must end
+            logger.error("request %s: can't encode its picture: %r", output.request.request_id, error)
+            event = Failed(output.request.request_id, _job_error(error))
+        if event is not None and await self._finish(event):
             self._metrics.outcomes.labels(output.request.model, event.type).inc()
-            await self._finish(event)
 
     async def _ending_event(self, output: Ending) -> TerminalEvent | None:
         request_id = output.request.request_id
@@ -102,7 +105,7 @@ class Publisher:
         pictures = await self._encode(request.delivery.job, pixels)
         timings = _timings(request, encode_ms=(time.perf_counter() - started_s) * 1000)
         return Completed(
-            request.request_id, tuple(pictures), timings, self._revisions[request.model], _warnings(request)
+            request.request_id, tuple(pictures), timings, self._revisions[request.model], collect_warnings(request)
         )
 
     async def _encode(self, job: Job, pixels: Pixels) -> list[Picture]:
@@ -111,16 +114,23 @@ class Publisher:
             *(loop.run_in_executor(self._encoders, encode_picture, job, i, image) for i, image in enumerate(pixels))
         )
 
-    async def _finish(self, event: TerminalEvent) -> None:
+    async def _finish(self, event: TerminalEvent) -> bool:
         """Tries until Redis answers: if another worker has taken the request over by then, this ending is refused."""
         while self._holdings.owns(event.request_id):
             try:
-                if not await self._broker.finish(self._worker_id, event):
-                    logger.warning("request %s was no longer ours: its result is dropped", event.request_id)
-                self._holdings.release(event.request_id)
+                is_ours = await self._broker.finish(self._worker_id, event)
             except BrokerUnavailable as error:
                 logger.warning("request %s: can't publish its end yet: %s", event.request_id, error)
                 await asyncio.sleep(random.uniform(0.2, 0.6))
+                continue
+            except BaseException:
+                self._holdings.release(event.request_id)  # its lease lapses, so that another worker may try
+                raise
+            self._holdings.release(event.request_id)
+            if not is_ours:
+                logger.warning("request %s was no longer ours: its result is dropped", event.request_id)
+            return is_ours
+        return False
 
 
 def _as_preview(job: Job) -> Job:
@@ -149,7 +159,8 @@ def _timings(request: RequestState, encode_ms: float) -> Timings:
     )
 
 
-def _warnings(request: RequestState) -> tuple[str, ...]:
+def collect_warnings(request: RequestState) -> tuple[str, ...]:
+    """The gateway's, and which texts the tokenizer cut."""
     denoising = request.denoising
     assert denoising is not None
     truncated = {"prompt": denoising.conditioning.truncated}

@@ -51,6 +51,10 @@ class StartAborted(Exception):
     """Asked to stop while loading or warming."""
 
 
+class EngineLost(Exception):
+    """The engine has died or hangs: only a new process helps."""
+
+
 class Worker:
     """One device and the models it keeps warm. `report(model, detail)` hears of each stage of the start."""
 
@@ -61,7 +65,7 @@ class Worker:
         self.state = WorkerState.NEW
         catalog = load_catalog(settings.catalog)
         self._specs = [get_spec(catalog, name) for name in settings.model_names]
-        self._device, self._dtype = _placement(settings)
+        self._device, self._dtype = place(settings)
         self._report_to = report
         self._detail = ""
         self._warm_models: tuple[WarmModel, ...] = ()
@@ -69,6 +73,7 @@ class Worker:
         self._has_room = asyncio.Event()
         self._stop = asyncio.Event()
         self._publishing: set[asyncio.Task[None]] = set()
+        self._heard_until = "0"  # how far the aborts were read
         self._broker = RedisBroker(settings.redis_url, prefix=settings.redis_prefix)
         self._engine = EngineThread(self._build_engine, self._hand_over)
         self._renewer = LeaseRenewer(
@@ -77,7 +82,7 @@ class Worker:
             self.worker_id,
             settings.lease_s,
             self._renewable,
-            self._hear_of_lost_lease,
+            self._hear_from_renewer,
         )
         self._publisher = Publisher(
             self._broker,
@@ -91,11 +96,16 @@ class Worker:
     # Lifecycle
 
     async def serve(self) -> None:
-        """Runs until `request_stop`. Raises LoadError, WarmUpError or BrokerError when the start fails."""
+        """Runs until `request_stop`. Raises LoadError, WarmUpError, SettingsError or BrokerError when the start fails,
+        EngineLost later on."""
         async with self._broker:
             try:
                 await self.startup()
                 await self.main_loop()
+            except ExceptionGroup as group:
+                if lost := group.subgroup(EngineLost):
+                    raise lost.exceptions[0] from None
+                raise
             finally:
                 await self.shutdown()
 
@@ -106,11 +116,13 @@ class Worker:
         """Loads and warms every model on the engine thread; the registry shows the progress."""
         self._enter(WorkerState.NEW, WorkerState.STARTING)
         self._loop = asyncio.get_running_loop()
-        if self.settings.worker_metrics_port:
-            self.metrics.serve(self.settings.worker_metrics_host, self.settings.worker_metrics_port)
+        self._serve_metrics()
         self._engine.start()
         while not self._engine.built.done() and not self._stop.is_set():
-            await self._heartbeat()
+            try:
+                await self._heartbeat()
+            except BrokerUnavailable as error:
+                logger.warning("Redis is away while the models load: %s", error)
             await asyncio.sleep(0.2)
         if not self._stop.is_set():
             self._engine.built.result()
@@ -123,28 +135,32 @@ class Worker:
         self._renewer.start()
         self._has_room.set()
         async with asyncio.TaskGroup() as background:
-            beat, abort, reclaim, *receivers = [
-                background.create_task(_keep_doing(self._beat)),
-                background.create_task(_keep_doing(self._obey_aborts)),
-                background.create_task(_keep_doing(self._reclaim)),
-                *(background.create_task(_keep_doing(self._receive, spec.name)) for spec in self._specs),
+            receivers = [
+                background.create_task(_keep_doing(self._receive, spec.name, until=self._stop)) for spec in self._specs
+            ]
+            reclaim = background.create_task(_keep_doing(self._reclaim))
+            lasting = [
+                background.create_task(_keep_doing(work))
+                for work in (self._beat, self._obey_aborts, self._watch_engine)
             ]
             logger.info("ready: %s on %s in %s", ", ".join(self.settings.model_names), self._device, self._dtype)
             await self._stop.wait()
             self._enter(WorkerState.READY, WorkerState.DRAINING)
-            # Take nothing new.
-            for task in (reclaim, *receivers):
-                task.cancel()
+            # Take nothing new. A read under way is not cancelled: what it was just given would be lost.
+            reclaim.cancel()
+            self._has_room.set()
+            await asyncio.wait(receivers)
             # Let what runs finish; leases are renewed and aborts obeyed meanwhile.
             await self._drain()
-            beat.cancel()
-            abort.cancel()
+            for task in lasting:
+                task.cancel()
 
     async def shutdown(self) -> None:
         """Gives back what is unfinished and leaves the registry."""
         if self.state is WorkerState.STOPPED:
             return
         self.state = WorkerState.STOPPED
+        self._stop.set()  # a start under way gives up at its next stage
         await asyncio.to_thread(self._renewer.stop)
         # Unfinished requests go back to the head of their lines; this doesn't count as an attempt.
         unfinished = self._holdings.request_ids
@@ -159,6 +175,16 @@ class Worker:
             logger.warning("left without saying goodbye: %s", error)
         await asyncio.to_thread(self._engine.stop, ENGINE_STOP_S)
         self._publisher.close()
+
+    def _serve_metrics(self) -> None:
+        host, port = self.settings.worker_metrics_host, self.settings.worker_metrics_port
+        if not port:
+            return
+        try:
+            self.metrics.serve(host, port)
+        except OSError as error:
+            message = f"FEWSTEP_WORKER_METRICS_PORT={port}: can't listen on {host}:{port}: {error.strerror}"
+            raise SettingsError(message) from error
 
     async def _drain(self) -> None:
         deadline_s = time.monotonic() + self.settings.drain_s
@@ -181,7 +207,7 @@ class Worker:
     def _load(self, spec: ModelSpec) -> ModelRunner:
         self._report(spec.name, "loading")
         pipeline = load_pipeline(spec, self._device, self._dtype)
-        return ModelRunner(pipeline, GPU_BATCH_SIZES if self._device.type == "cuda" else None)
+        return ModelRunner(pipeline, _padded_sizes(spec) if self._device.type == "cuda" else None)
 
     def _warm_up(self, engine: Engine, spec: ModelSpec) -> WarmModel:
         warm_model = warm_up(engine, spec.name, lambda detail: self._report(spec.name, f"warming {detail}"))
@@ -202,7 +228,7 @@ class Worker:
     async def _receive(self, model: str) -> None:
         await self._has_room.wait()
         if self._holdings.room:
-            self._take(await self._broker.receive(self.worker_id, model, self._holdings.room))
+            await self._take(await self._broker.receive(self.worker_id, model, self._holdings.room))
         else:
             self._has_room.clear()
 
@@ -210,25 +236,31 @@ class Worker:
         await asyncio.sleep(self.settings.lease_s / 2 * random.uniform(0.8, 1.2))
         for spec in self._specs:
             if room := self._holdings.room:
-                self._take(await self._broker.reclaim(self.worker_id, spec.name, self.settings.lease_s, room))
+                await self._take(await self._broker.reclaim(self.worker_id, spec.name, self.settings.lease_s, room))
 
-    def _take(self, deliveries: list[Delivery]) -> None:
+    async def _take(self, deliveries: list[Delivery]) -> None:
+        """Gives the engine what fits. The queue counts requests and the engine rows: what is too much goes back."""
+        surplus: list[str] = []
         for delivery in deliveries:
+            if not self._holdings.has_room_for(delivery):
+                surplus.append(delivery.job.request_id)
+                continue
             self._holdings.take(delivery)
             self.metrics.redeliveries.inc(delivery.attempt > 1)
             self._engine.add(delivery)
         self.metrics.running.set(self._holdings.num_rows)
+        if surplus:
+            await self._broker.hand_back(self.worker_id, surplus)
 
     async def _obey_aborts(self) -> None:
-        after = "0"
-        while True:
-            after, aborts = await self._broker.read_aborts(self.worker_id, after)
-            for abort in aborts:
-                self._obey(abort)
+        self._heard_until, aborts = await self._broker.read_aborts(self.worker_id, self._heard_until)
+        for abort in aborts:
+            self._obey(abort)
 
     def _obey(self, abort: Abort) -> None:
         if abort.reason == "lost":
             self._holdings.release(abort.request_id)
+            self._broker.forget(self.worker_id, abort.request_id)
         self._engine.abort(abort)
 
     # From the engine to Redis
@@ -247,7 +279,12 @@ class Worker:
     def _publish(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._publishing.add(task)
-        task.add_done_callback(self._publishing.discard)
+        task.add_done_callback(self._published)
+
+    def _published(self, task: asyncio.Task[None]) -> None:
+        self._publishing.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("publishing failed", exc_info=error)
 
     # Background
 
@@ -256,6 +293,17 @@ class Worker:
         if self._device.type == "cuda":
             self.metrics.gpu_memory.set(torch.cuda.memory_allocated(self._device))
         await asyncio.sleep(HEARTBEAT_S)
+
+    async def _watch_engine(self) -> None:
+        """A worker without a working engine must not go on taking work."""
+        if self._engine.ended.done():
+            raise EngineLost(f"the engine has died: {self._engine.ended.exception()!r}")
+        if self._is_hung():
+            raise EngineLost(f"the engine hangs: a step has run for more than {self.settings.max_stall_s:g} s")
+        await asyncio.sleep(1.0)
+
+    def _is_hung(self) -> bool:
+        return self._engine.is_stalled(self.settings.max_stall_s)
 
     async def _heartbeat(self) -> None:
         states: dict[WorkerState, Literal["ready", "draining"]] = {
@@ -274,17 +322,21 @@ class Worker:
             )
         )
 
-    def _hear_of_lost_lease(self, abort: Abort) -> None:
-        """Called on the renewer's thread."""
+    def _hear_from_renewer(self, abort: Abort) -> None:
+        """A cancel or a lost lease; called on the renewer's thread."""
         self._loop.call_soon_threadsafe(self._obey, abort)
 
     def _renewable(self) -> list[str]:
         """What this worker still works on; nothing when the engine hangs, so that others may take it over."""
-        is_hung = self._engine.is_stalled(self.settings.max_stall_s)
-        return [] if is_hung else self._holdings.request_ids
+        return [] if self._is_hung() else self._holdings.request_ids
 
 
-def _placement(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
+def _padded_sizes(spec: ModelSpec) -> list[int]:
+    return [size for size in GPU_BATCH_SIZES if size < spec.max_batch_size] + [spec.max_batch_size]
+
+
+def place(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
+    """Where and in what the models compute. Raises SettingsError for a device that isn't there."""
     try:
         device = default_device() if settings.device == "auto" else torch.device(settings.device)
         torch.empty(0, device=device)
@@ -294,9 +346,11 @@ def _placement(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-async def _keep_doing(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-    """Again and again; with a pause while Redis is away."""
-    while True:
+async def _keep_doing(
+    work: Callable[..., Awaitable[None]], *arguments: Any, until: asyncio.Event | None = None
+) -> None:
+    """Again and again, with a pause while Redis is away; where `until` is given, till it is set."""
+    while until is None or not until.is_set():
         try:
             await work(*arguments)
         except BrokerUnavailable as error:

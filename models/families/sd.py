@@ -16,12 +16,22 @@ from models.pipeline import Conditioning, FewStepPipeline, to_pixels
 
 
 class StableDiffusion(FewStepPipeline):
-    """`pipe` is a loaded diffusers StableDiffusionPipeline, `tiny_vae` an AutoencoderTiny for the same latents."""
+    """`pipe` is a loaded diffusers StableDiffusionPipeline, `tiny_vae` an AutoencoderTiny for the same latents.
+
+    `scheduler_config` is the model folder's own, which every scheduler of the catalog entry starts from.
+    """
 
     def __init__(
-        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, pipe: Any, tiny_vae: Any | None
+        self,
+        spec: ModelSpec,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        pipe: Any,
+        tiny_vae: Any | None,
+        scheduler_config: dict[str, Any],
     ) -> None:
-        super().__init__(spec, device, dtype, dict(pipe.scheduler.config))
+        super().__init__(spec, device, dtype, scheduler_config)
         self._tokenizer = pipe.tokenizer
         self._text_encoder = pipe.text_encoder
         self._unet = pipe.unet
@@ -41,7 +51,7 @@ class StableDiffusion(FewStepPipeline):
         use_mask = getattr(self._text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(self.device) if use_mask else None
         embeds = self._text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
-        return [Conditioning(embed, self._truncated(text)) for embed, text in zip(embeds, texts, strict=True)]
+        return [Conditioning(embed.clone(), self._truncated(text)) for embed, text in zip(embeds, texts, strict=True)]
 
     def _truncated(self, text: str) -> str:
         ids = self._tokenizer(text, truncation=False, verbose=False).input_ids

@@ -25,7 +25,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED / "mini-sd", variant="fp16", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED / "mini-sd", variant="fp16", dtype=torch.float32)
     pipeline.load_lora_weights(BUNDLED / "mini-lcm-lora")
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
@@ -66,7 +66,7 @@ def test_capitals_change_nothing(pipeline: StableDiffusionPipeline) -> None:
 
 
 def test_the_tiny_decoder_reads_the_same_latents(pipeline: StableDiffusionPipeline) -> None:
-    tiny = AutoencoderTiny.from_pretrained(BUNDLED / "mini-taesd", variant="fp16", torch_dtype=torch.float32)
+    tiny = AutoencoderTiny.from_pretrained(BUNDLED / "mini-taesd", variant="fp16", dtype=torch.float32)
     latents = pipeline(
         ["a red apple on a blue background"],
         num_inference_steps=4,
@@ -83,9 +83,7 @@ def test_the_tiny_decoder_reads_the_same_latents(pipeline: StableDiffusionPipeli
 def test_loading_and_fusing_warns_of_nothing() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            BUNDLED / "mini-sd", variant="fp16", torch_dtype=torch.float32
-        )
+        pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED / "mini-sd", variant="fp16", dtype=torch.float32)
         pipeline.load_lora_weights(BUNDLED / "mini-lcm-lora")
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()

@@ -83,7 +83,7 @@ def test_without_a_tiny_decoder_previews_take_the_full_one(spec: ModelSpec) -> N
 
 def test_a_missing_folder(spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(LoadError, match=r"small: can't load StableDiffusionPipeline from .*nowhere"):
+    with pytest.raises(LoadError, match=r"small: can't load StableDiffusionPipeline: there is no folder .*nowhere"):
         load_pipeline(spec.model_copy(update={"source": str(tmp_path / "nowhere")}), CPU, torch.float32)
 
 

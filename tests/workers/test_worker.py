@@ -6,6 +6,8 @@ import asyncio
 import io
 import os
 import signal
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,15 +17,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from broker.embedded import EmbeddedRedis
 from broker.errors import RequestNotFound
 from broker.messages import Cancelled, Completed, Failed, Job, JobEvent, Preview, Started, TerminalEvent
 from broker.redis_broker import Limits, RedisBroker
+from broker.settings import SettingsError
 from models.loading import LoadError
 from tests.jobs import make_job
 from tests.service import spawn
 from tests.small_models import write_small_catalog
 from workers.settings import WorkerSettings
-from workers.worker import Worker
+from workers.worker import EngineLost, Worker
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +172,7 @@ async def test_a_drain_finishes_what_runs_and_leaves_the_rest(settings: WorkerSe
 async def test_a_drain_that_takes_too_long_hands_back_without_counting_an_attempt(
     settings: WorkerSettings, broker: RedisBroker
 ) -> None:
-    job = make_job(num_inference_steps=50, num_images=4)
+    job = make_job(num_inference_steps=500, num_images=4, scheduler="ddim")
     async with running(settings.model_copy(update={"drain_s": 0.0}), broker) as worker:
         await submit(broker, job)
         await until(lambda: has_started(broker, job))
@@ -238,3 +242,81 @@ async def test_a_stop_while_it_starts(settings: WorkerSettings, broker: RedisBro
 
 async def is_registered(broker: RedisBroker) -> bool:
     return bool(await broker.workers())
+
+
+async def test_a_request_that_cannot_be_encoded_fails(
+    settings: WorkerSettings, broker: RedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr("workers.publisher.encode_picture", refuse)
+    job = make_job()
+    async with running(settings, broker):
+        await submit(broker, job)
+        events = await events_of(broker, job)
+    assert isinstance(events[job.request_id][-1], Failed)
+
+
+async def test_rows_beyond_one_batch_go_back_to_the_queue(settings: WorkerSettings, broker: RedisBroker) -> None:
+    jobs = [make_job(num_images=4, scheduler="ddim", num_inference_steps=40) for _ in range(12)]
+    async with running(settings, broker) as worker:
+        await submit(broker, *jobs)
+        await until(lambda: has_started(broker, jobs[0]))
+        assert worker._holdings.num_rows <= 8
+        events = await events_of(broker, *jobs, timeout_s=60)
+    assert all(isinstance(log[-1], Completed) for log in events.values())
+    assert {event.attempt for log in events.values() for event in log if isinstance(event, Started)} == {1}
+
+
+async def test_a_worker_whose_engine_died_ends(
+    settings: WorkerSettings, broker: RedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    with pytest.raises(EngineLost, match="the device is lost"):
+        async with running(settings, broker):
+            monkeypatch.setattr("workers.engine.engine._check_device", die)
+            monkeypatch.setattr("workers.engine.engine.Engine._run", die)
+            await submit(broker, make_job())
+            await asyncio.sleep(5)
+    assert await broker.workers() == []
+
+
+async def test_a_worker_whose_engine_hangs_ends_and_its_request_can_run_elsewhere(
+    settings: WorkerSettings, broker: RedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over = threading.Event()
+    job = make_job()
+    monkeypatch.setattr("workers.worker.ENGINE_STOP_S", 0.1)
+    with pytest.raises(EngineLost, match="hangs"):
+        async with running(settings.model_copy(update={"max_stall_s": 1.0}), broker):
+            with monkeypatch.context() as patch:
+                patch.setattr("workers.engine.engine.Engine._run", lambda *_: is_over.wait(60) and [])
+                await submit(broker, job)
+                await asyncio.sleep(5)
+    is_over.set()
+    assert (await broker.status(job.request_id)).state == "queued"
+
+
+async def test_redis_is_away_for_a_moment(tmp_path: Path, catalog: Path, prefix: str) -> None:
+    with EmbeddedRedis(tmp_path) as server:
+        settings = WorkerSettings(
+            redis_url=server.url, redis_prefix=prefix, catalog=catalog, models="small", lease_s=1.0
+        )
+        async with RedisBroker(server.url, prefix=prefix) as broker, running(settings, broker):
+            server.kill()
+            await asyncio.sleep(0.5)
+            server.start()
+            job = make_job()
+            await submit(broker, job)
+            events = await events_of(broker, job)
+        assert isinstance(events[job.request_id][-1], Completed)
+
+
+async def test_a_taken_metrics_port_is_named(settings: WorkerSettings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"FEWSTEP_WORKER_METRICS_PORT={port}.*in use"):
+            await Worker(settings.model_copy(update={"worker_metrics_port": port})).serve()

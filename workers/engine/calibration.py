@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ import torch
 from broker.messages import Delivery, Job, SamplingParams, WarmModel
 from models.catalog import ModelSpec, Size
 from workers.engine.engine import Engine, run_until_done
-from workers.engine.outputs import Finished, GenerationFailed
+from workers.engine.outputs import Finished, GenerationFailed, PreviewReady
 from workers.engine.request import RequestState
 
 NUM_STEPS = 2
@@ -37,7 +36,7 @@ def warm_up(engine: Engine, model: str, report: Progress = lambda _: None) -> Wa
     for size in spec.warm_sizes:
         for num_rows in sizes:
             report(f"{size[0]}x{size[1]}, batch {num_rows}")
-            _generate(engine, spec, size, num_rows)  # the first run pays for allocations and compilations
+            _generate(engine, spec, size, num_rows, previews=True)  # pays for allocations and compilations
             costs.setdefault(num_rows, _generate(engine, spec, size, num_rows))
     return WarmModel(
         model=model,
@@ -55,26 +54,29 @@ def num_warm_ups(spec: ModelSpec) -> int:
     return len(spec.warm_sizes) * len(batch_sizes(spec.max_batch_size))
 
 
-def _generate(engine: Engine, spec: ModelSpec, size: Size, num_rows: int) -> list[RequestState]:
+def _generate(
+    engine: Engine, spec: ModelSpec, size: Size, num_rows: int, *, previews: bool = False
+) -> list[RequestState]:
     for index in range(num_rows):
-        engine.add(Delivery(_job(spec, size, index), attempt=1, waited_ms=0))
+        engine.add(Delivery(_job(spec, size, index, previews=previews), attempt=1, waited_ms=0))
     outputs = run_until_done(engine)
     for output in outputs:
         if isinstance(output, GenerationFailed):
             raise WarmUpError(f"{spec.name} failed at {size[0]}x{size[1]}, batch {num_rows}: {output.error}")
-    finished = [output for output in outputs if isinstance(output, Finished)]
-    for output in finished:
-        _check_picture(spec, output)
-    return [output.request for output in finished]
+    for output in outputs:
+        if isinstance(output, Finished | PreviewReady):
+            _check_picture(spec, output)
+    return [output.request for output in outputs if isinstance(output, Finished)]
 
 
-def _check_picture(spec: ModelSpec, output: Finished) -> None:
+def _check_picture(spec: ModelSpec, output: Finished | PreviewReady) -> None:
     denoising = output.request.denoising
     assert denoising is not None
     if not torch.isfinite(denoising.latents).all():
         raise WarmUpError(f"{spec.name}: the network gave latents that are not finite")
     if np.ptp(output.pixels) == 0:
-        raise WarmUpError(f"{spec.name}: the picture is one constant colour; an fp16 VAE that overflows does that")
+        kind = "preview" if isinstance(output, PreviewReady) else "picture"
+        raise WarmUpError(f"{spec.name}: the {kind} is one constant colour; an fp16 VAE that overflows does that")
 
 
 def _text_ms(engine: Engine, spec: ModelSpec) -> float:
@@ -84,37 +86,21 @@ def _text_ms(engine: Engine, spec: ModelSpec) -> float:
     return round(next(output.request.text_ms for output in outputs if isinstance(output, Finished)), 3)
 
 
-def _job(spec: ModelSpec, size: Size, index: int, prompt: str = "warm-up") -> Job:
-    params = _default_params(
-        spec,
-        prompt,
+def _job(spec: ModelSpec, size: Size, index: int, prompt: str = "warm-up", previews: bool = False) -> Job:
+    params = SamplingParams(
+        prompt=prompt,
+        negative_prompt=None,
         width=size[0],
         height=size[1],
-        seed=index,
         num_inference_steps=min(NUM_STEPS, spec.num_inference_steps.max),
+        guidance_scale=spec.guidance_scale.default,
+        seed=index,
+        scheduler=spec.default_scheduler,
+        num_images=1,
+        decoder="full",
+        output_format="png",
+        output_quality=85,
+        previews=previews,
+        metadata=False,
     )
-    return Job(
-        request_id=f"warm-up-{index}", model=spec.name, params=params, lane="api", owner="", gateway_id=None, keep_s=0
-    )
-
-
-def _default_params(spec: ModelSpec, prompt: str, **changes: Any) -> SamplingParams:
-    """The sampling parameters of a catalog entry's defaults, with changes."""
-    width, height = spec.default_size
-    values = {
-        "prompt": prompt,
-        "negative_prompt": None,
-        "width": width,
-        "height": height,
-        "num_inference_steps": spec.num_inference_steps.default,
-        "guidance_scale": spec.guidance_scale.default,
-        "seed": 0,
-        "scheduler": spec.default_scheduler,
-        "num_images": 1,
-        "decoder": "full",
-        "output_format": "png",
-        "output_quality": 85,
-        "previews": False,
-        "metadata": True,
-    }
-    return SamplingParams(**(values | changes))
+    return Job(f"warm-up-{index}", spec.name, params, lane="api", owner="", gateway_id=None, keep_s=0)

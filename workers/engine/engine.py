@@ -50,15 +50,6 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._scheduler.requests)
 
-    @property
-    def request_ids(self) -> list[str]:
-        return [request.request_id for request in self._scheduler.requests]
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of all requests that are held, running or not."""
-        return self._scheduler.num_rows
-
     @torch.inference_mode()
     def step(self) -> list[EngineOutput]:
         """Stops what was aborted, runs one step of the next batch, decodes what has finished."""
@@ -97,6 +88,7 @@ class Engine:
         if len(batch.requests) == 1:
             request = batch.requests[0]
             self._scheduler.remove(request)
+            _check_device(self.runners[request.model].pipeline.device)
             logger.error("request %s failed: %r", request.request_id, error)
             return [GenerationFailed(request, error)]
         logger.warning("a batch of %d failed (%r): its requests run again one by one", len(batch.requests), error)
@@ -105,6 +97,12 @@ class Engine:
             request.is_alone = True
             self._scheduler.put_back(request)
         return []
+
+
+def _check_device(device: torch.device) -> None:
+    """Raises again where the device itself is lost: then nothing can run in this process any more."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _is_worth_stopping(request: RequestState, abort: Abort) -> bool:

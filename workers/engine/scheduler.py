@@ -59,16 +59,13 @@ class Scheduler(Generic[R]):
     def requests(self) -> list[R]:
         return self.running + self.waiting
 
-    @property
-    def num_rows(self) -> int:
-        return sum(request.num_rows for request in self.requests)
-
     def schedule(self) -> Batch[R] | None:
         """The next step's batch, of the group that has waited longest for a turn; None when there is no work."""
         if not self.requests:
-            self._last_turn.clear()
             return None
-        group = min((request.group for request in self.requests), key=lambda group: self._last_turn.get(group, 0))
+        groups = {request.group for request in self.requests}
+        self._last_turn = {group: self._last_turn.get(group, 0) for group in groups}
+        group = min((request.group for request in self.requests), key=self._last_turn.__getitem__)
         self._last_turn[group] = next(self._turn)
         running = [request for request in self.running if request.group == group]
         admitted = self._admit(group, sum(request.num_rows for request in running))
@@ -78,7 +75,8 @@ class Scheduler(Generic[R]):
         admitted: list[R] = []
         for request in [request for request in self.waiting if request.group == group]:
             num_rows += request.num_rows
-            if num_rows > self.max_rows[request.model]:
+            is_alone = num_rows == request.num_rows  # wider than any batch, it must still go through
+            if num_rows > self.max_rows[request.model] and not is_alone:
                 break
             admitted.append(request)
         for request in admitted:

@@ -84,7 +84,21 @@ def test_put_back_goes_to_the_head_of_the_waiting_room() -> None:
     assert names(scheduler) == ["a"]
 
 
-def test_rows_of_waiting_requests_count_as_held() -> None:
-    scheduler = make_scheduler(max_rows=1)
-    add(scheduler, Request("a"), Request("b", num_rows=3))
-    assert scheduler.num_rows == 4
+def test_a_request_wider_than_any_batch_goes_alone() -> None:
+    scheduler = make_scheduler(max_rows=2)
+    add(scheduler, Request("a"), Request("wide", num_rows=3), Request("b"))
+    assert names(scheduler) == ["a"]
+    scheduler.remove(scheduler.running[0])
+    assert names(scheduler) == ["wide"]
+
+
+def test_groups_that_are_gone_are_forgotten() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, Request("stays", "s"))
+    for number in range(20):
+        passing = Request(f"{number}", f"{number}")
+        add(scheduler, passing)
+        names(scheduler)
+        names(scheduler)
+        scheduler.remove(passing)
+    assert len(scheduler._last_turn) <= 2
