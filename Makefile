@@ -41,7 +41,7 @@ clean:  ## Remove the virtual environment
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "fewstep needs Python 3.11 or 3.12: put one on PATH, or give PYTHON=/path/to/python." \
 		"With another version, install Redis too (apt-get install redis-server, brew install valkey)." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .

@@ -121,6 +121,8 @@ def gateway() -> None:
         run(GatewaySettings.load())
     except (SettingsError, BrokerError, CatalogError, OSError) as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command()

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import random
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -27,7 +26,7 @@ from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
 from app.tasks import running
-from broker.errors import BrokerUnavailable, RedisTooOld
+from broker.errors import BrokerUnavailable
 from broker.redis_broker import Limits, RedisBroker
 from broker.settings import SettingsError
 from models.catalog import ModelSpec, UnknownModelError, get_spec, load_catalog
@@ -169,16 +168,12 @@ def make_server(settings: GatewaySettings) -> GatewayServer:
 
 
 def run(settings: GatewaySettings) -> None:
-    """Serves until a signal comes. What keeps it from starting is one line on stderr and exit status 1."""
+    """Serves until a signal comes. Raises SettingsError, CatalogError or RedisTooOld, KeyboardInterrupt while it waits
+    for Redis."""
     configure_logging(settings)
-    try:
-        server = make_server(settings)
-        listener = bind(settings)
-        asyncio.run(check_redis(settings))
-    except (SettingsError, RedisTooOld, UnknownModelError) as error:
-        sys.exit(f"fewstep: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    server = make_server(settings)
+    listener = bind(settings)
+    asyncio.run(check_redis(settings))
     with listener, contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
         host, port = listener.getsockname()[:2]
         log.info("the gateway serves http://%s:%d", f"[{host}]" if ":" in host else host, port)

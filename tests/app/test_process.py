@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 import httpx
 
-PROGRAM = "from app.main import run; from app.settings import GatewaySettings; run(GatewaySettings.load())"
+from tests.service import free_port
+
 START_S = 90.0
 
 
@@ -21,7 +22,7 @@ START_S = 90.0
 def gateway(**variables: str) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-m", "cli", "gateway"],
         env=environment | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -32,12 +33,6 @@ def gateway(**variables: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def wait_until_alive(port: int) -> None:
@@ -66,7 +61,7 @@ def test_a_port_in_use(redis_url: str) -> None:
         port = taken.getsockname()[1]
         with gateway(FEWSTEP_REDIS_URL=redis_url, FEWSTEP_PORT=str(port)) as process:
             output, _ = process.communicate(timeout=START_S)
-            assert process.returncode == 1
+            assert process.returncode == 78
             assert output.strip().startswith(f"fewstep: can't listen on 127.0.0.1:{port}: Address already in use")
             assert output.count("\n") == 1
 
@@ -74,7 +69,7 @@ def test_a_port_in_use(redis_url: str) -> None:
 def test_an_open_host() -> None:
     with gateway(FEWSTEP_HOST="0.0.0.0") as process:
         output, _ = process.communicate(timeout=START_S)
-        assert process.returncode == 1
+        assert process.returncode == 78
         assert "FEWSTEP_ALLOW_ANONYMOUS=1" in output
         assert output.count("\n") == 1
 

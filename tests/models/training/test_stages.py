@@ -102,7 +102,7 @@ def test_distillation_lowers_its_loss_and_writes_a_lora(data: CaptionedLatents, 
         return distiller.loss(step)
 
     distiller.trainer.fit(loss_on_one_batch)
-    assert_lower(out, 0.9)
+    assert_lower(out, 0.95)
     save_lora(distiller.trainer.averaged, out)
     assert (out / "pytorch_lora_weights.safetensors").exists()
 
