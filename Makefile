@@ -21,7 +21,7 @@ serve: $(VENV)/.serve  ## Run the service: HOST, PORT and MODEL can be given
 	@$(BIN)/fewstep serve --host $(HOST) --port $(PORT) --model $(MODEL)
 
 test: $(VENV)/.dev  ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev  ## Check format, style and types
 	$(BIN)/ruff format --check .

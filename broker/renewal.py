@@ -56,6 +56,9 @@ class LeaseRenewer:
             except BrokerError as error:
                 log.warning("leases of %s not renewed: %s", self._worker_id, error)
                 pause_s = self._lease_s / 10
+            except Exception:
+                log.exception("leases of %s not renewed", self._worker_id)
+                pause_s = self._lease_s / 10
 
     def renew_once(self) -> None:
         running = tuple(self._get_running())

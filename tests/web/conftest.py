@@ -41,7 +41,7 @@ addEventListener("DOMContentLoaded", () => {
 OpenPage = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open, no test with an event loop can run in this process
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(playwright), args=ARGUMENTS)

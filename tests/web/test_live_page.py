@@ -9,11 +9,13 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from PIL import Image
 from playwright.sync_api import Page, WebSocketRoute, expect
 
 from tests.web.conftest import TIMEOUT_MS, OpenPage
 
+pytestmark = pytest.mark.xdist_group("service")
 PROMPT = "a red apple on a blue background"
 LIVE_URL = re.compile(r"/v1/live$")
 
