@@ -1,0 +1,1 @@
+"""Training of the miniature model: data, autoencoders, teacher, LCM-LoRA distillation, evaluation, export."""

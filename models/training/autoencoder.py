@@ -1,0 +1,177 @@
+"""Stage 3: the autoencoders for the latent code. First an AutoencoderKL (Kingma & Welling, arXiv 1312.6114; its place
+as in latent diffusion, arXiv 2112.10752), then the tiny one for previews, after the idea of TAESD.
+
+The encoders learn to write the fixed code, the decoders to see more in it than a linear map could. Neither changes the
+code, so this stage may come before the teacher or after it.
+
+    python -m models.training.autoencoder --latents runs/latents --out runs/autoencoder
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+
+from models.training.dataset import IMAGE_SIZE, Composer, Pixels, SceneSampler
+from models.training.latents import CODE
+from models.training.linear_code import LinearCode
+from models.training.pixels import to_tensor
+from models.training.trainer import Trainer, TrainSettings, autocast
+from models.training.vocabulary import Vocabulary, load_vocabulary
+
+SCALING_FACTOR = 0.18215  # Stable Diffusion's own
+LOG_VARIANCE = -3.0  # of the KL autoencoder's posterior: a 25th of the latents' spread
+MAX_NOISE = 0.15  # on scaled latents, in training: what a denoiser makes is never clean
+ENCODER_WEIGHT = 0.2
+EMA_DECAY = 0.98  # short runs: a longer average would still remember their beginning
+ENCODER_SAVING = 4  # the encoders' task is easy: they see a quarter of each batch
+
+
+def build_kl(channels: tuple[int, ...] = (32, 32, 64)) -> AutoencoderKL:
+    """A small AutoencoderKL, four times smaller latents: `"b 3 64 64"` to `"b 4 16 16"`."""
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=IMAGE_SIZE,
+        scaling_factor=SCALING_FACTOR,
+    )
+
+
+def build_tiny(channels: int = 32) -> AutoencoderTiny:
+    """An AutoencoderTiny for the scaled latents that a UNet works on."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(channels,) * 3,
+        decoder_block_out_channels=(channels,) * 3,
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=4,
+        scaling_factor=1.0,
+    )
+
+
+class PictureSource:
+    """Batches of random pictures, `"b c h w"` in -1 to 1; a share of `crowded` is full of things."""
+
+    def __init__(self, vocabulary: Vocabulary, batch_size: int, crowded: float = 0.5) -> None:
+        self.crowded = crowded
+        self.sampler = SceneSampler(vocabulary)
+        self.composer = Composer(vocabulary)
+        self.batch_size = batch_size
+
+    def batch(self, rng: random.Random) -> Tensor:
+        return to_tensor([self._picture(rng) for _ in range(self.batch_size)])
+
+    def _picture(self, rng: random.Random) -> Pixels:
+        if rng.random() < self.crowded:
+            return self.composer.crowd(rng)
+        return self.composer.compose(self.sampler.sample(rng), rng)
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1, squares for the large errors, and L1 on differences between neighbours, which keeps edges crisp."""
+    error = output - target
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+
+def train_kl(
+    source: PictureSource, code: LinearCode, out: Path, settings: TrainSettings, vae: AutoencoderKL
+) -> AutoencoderKL:
+    """Train the KL autoencoder and write it to `out/vae`."""
+    trainer = Trainer(vae.train(), out / "kl", settings)
+
+    def loss_of(_step: int) -> Tensor:
+        pixels = source.batch(trainer.rng)
+        latents = code.encode(pixels)
+        few = len(pixels) // ENCODER_SAVING
+        with autocast():
+            posterior = vae.encode(pixels[:few]).latent_dist
+            output = vae.decode(roughen(latents) / SCALING_FACTOR).sample
+        encoding = F.mse_loss(SCALING_FACTOR * posterior.mean.float(), latents[:few])
+        width = F.mse_loss(posterior.logvar.float(), torch.full_like(latents[:few], LOG_VARIANCE))
+        return reconstruction_loss(output.float(), pixels) + ENCODER_WEIGHT * (encoding + 0.01 * width)
+
+    trainer.fit(loss_of)
+    averaged: AutoencoderKL = trainer.averaged.eval()
+    averaged.save_pretrained(out / "vae")
+    return averaged
+
+
+def train_tiny(
+    source: PictureSource, code: LinearCode, out: Path, settings: TrainSettings, tiny: AutoencoderTiny
+) -> AutoencoderTiny:
+    """Train the tiny autoencoder on scaled latents and write it to `out/taesd`."""
+    trainer = Trainer(tiny.train(), out / "tiny", settings)
+
+    def loss_of(_step: int) -> Tensor:
+        pixels = source.batch(trainer.rng)
+        latents = code.encode(pixels)
+        few = len(pixels) // ENCODER_SAVING
+        with autocast():
+            encoded, output = tiny.encode(pixels[:few]).latents, tiny.decode(roughen(latents)).sample
+        return reconstruction_loss(output.float(), pixels) + ENCODER_WEIGHT * F.mse_loss(encoded.float(), latents[:few])
+
+    trainer.fit(loss_of)
+    averaged: AutoencoderTiny = trainer.averaged.eval()
+    averaged.save_pretrained(out / "taesd")
+    return averaged
+
+
+def roughen(latents: Tensor) -> Tensor:
+    """Scaled latents with noise, each picture at a level of its own."""
+    return latents + MAX_NOISE * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
+
+
+@torch.no_grad()
+def signal_to_noise(output: Tensor, target: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in -1 to 1."""
+    return float(10 * torch.log10(4 / F.mse_loss(output.clamp(-1, 1), target)))
+
+
+@torch.no_grad()
+def report(source: PictureSource, code: LinearCode, vae: AutoencoderKL, tiny: AutoencoderTiny, seed: int) -> None:
+    """Print how well both autoencoders write and read the code, on fresh pictures."""
+    rng = random.Random(seed)
+    pixels = torch.cat([source.batch(rng) for _ in range(16)])
+    latents = code.encode(pixels)
+    written = (SCALING_FACTOR * vae.encode(pixels).latent_dist.mean, tiny.encode(pixels).latents)
+    read = (vae.decode(latents / SCALING_FACTOR).sample, tiny.decode(latents).sample)
+    for name, codes, pictures in zip(("KL", "tiny"), written, read, strict=True):
+        error = float(F.mse_loss(codes, latents))
+        print(f"{name}: pictures {signal_to_noise(pictures, pixels):.2f} dB, code's mean squared error {error:.4f}")
+
+
+def main(
+    latents: Annotated[Path, typer.Option(help="Folder that the latents stage wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and results.")],
+    steps: Annotated[int, typer.Option(help="Steps for the KL autoencoder.")] = 2000,
+    tiny_steps: Annotated[int, typer.Option(help="Steps for the tiny autoencoder.")] = 1000,
+    rate: float = 2e-3,
+    batch_size: int = 24,
+    emoji: Annotated[bool, typer.Option(help="Without emoji no font is needed.")] = True,
+    seed: int = 0,
+) -> None:
+    """Train both autoencoders; continues where an interrupted run stopped."""
+    vocabulary = load_vocabulary()
+    source = PictureSource(vocabulary if emoji else vocabulary.without_emoji(), batch_size)
+    code = LinearCode.load(latents / CODE)
+    torch.manual_seed(seed)
+    vae = train_kl(source, code, out, TrainSettings(steps=steps, rate=rate, ema_decay=EMA_DECAY, seed=seed), build_kl())
+    settings = TrainSettings(steps=tiny_steps, rate=rate, ema_decay=EMA_DECAY, seed=seed + 1)
+    tiny = train_tiny(source, code, out, settings, build_tiny())
+    report(source, code, vae, tiny, seed + 2)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,90 @@
+"""Stage 1: latents. Fits the latent code and paints, once, the pictures that the denoiser learns from.
+
+python -m models.training.latents --out runs/latents
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from models.training.dataset import Composer, Scene, SceneSampler
+from models.training.linear_code import LinearCode
+from models.training.pixels import to_tensor
+from models.training.vocabulary import Vocabulary, load_vocabulary
+
+CODE = "code.safetensors"
+LATENTS = "latents.safetensors"
+SCENES = "scenes.json"
+FIT_PICTURES = 1000
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Scaled latents, `"n 4 h w"` in fp16, and the scene of each."""
+
+    latents: Tensor
+    scenes: list[Scene]
+
+    def draw(self, count: int, rng: random.Random) -> tuple[Tensor, list[Scene]]:
+        """A random batch."""
+        picks = [rng.randrange(len(self.scenes)) for _ in range(count)]
+        return self.latents[picks].float(), [self.scenes[pick] for pick in picks]
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": self.latents}, folder / LATENTS)
+        (folder / SCENES).write_text(json.dumps([asdict(scene) for scene in self.scenes]))
+
+    @classmethod
+    def load(cls, folder: Path) -> LatentCache:
+        rows = json.loads((folder / SCENES).read_text())
+        scenes = [Scene(**{**row, "things": tuple(row["things"])}) for row in rows]
+        return cls(load_file(folder / LATENTS)["latents"], scenes)
+
+
+def fit_code(vocabulary: Vocabulary, count: int = FIT_PICTURES, seed: int = 6) -> LinearCode:
+    """The latent code of this vocabulary's pictures."""
+    rng = random.Random(seed)
+    sampler, composer = SceneSampler(vocabulary), Composer(vocabulary)
+    return LinearCode.fit(to_tensor([composer.compose(sampler.sample(rng), rng) for _ in range(count)]))
+
+
+def encode_scenes(
+    vocabulary: Vocabulary, code: LinearCode, count: int, batch_size: int = 64, seed: int = 7
+) -> LatentCache:
+    """Draw scenes, paint them and encode them."""
+    rng = random.Random(seed)
+    sampler, composer = SceneSampler(vocabulary), Composer(vocabulary)
+    scenes = [sampler.sample(rng) for _ in range(count)]
+    batches = []
+    for start in tqdm(range(0, count, batch_size), desc="latents", mininterval=2.0):
+        pixels = to_tensor([composer.compose(scene, rng) for scene in scenes[start : start + batch_size]])
+        batches.append(code.encode(pixels).half())
+    return LatentCache(torch.cat(batches), scenes)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the code and the latents.")],
+    pictures: Annotated[int, typer.Option(help="How many to paint.")] = 60_000,
+    emoji: Annotated[bool, typer.Option(help="Without emoji no font is needed.")] = True,
+) -> None:
+    """Fit the code, unless there is one, and fill the cache."""
+    vocabulary = load_vocabulary() if emoji else load_vocabulary().without_emoji()
+    if not (out / CODE).exists():
+        fit_code(vocabulary).save(out / CODE)
+    code = LinearCode.load(out / CODE)
+    encode_scenes(vocabulary, code, pictures).save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
