@@ -51,7 +51,7 @@ async def test_models(api: Api) -> None:
     card = (await api.http.get("/v1/models/mini-lcm")).json()
     assert card == models["data"][0]
     assert card["ready"] is True
-    assert card["num_inference_steps"] == {"default": 4, "min": 1, "max": 50}
+    assert card["num_inference_steps"] == {"default": 4, "min": 1, "max": 20}
     assert (card["sizes"], card["default_size"]) == (["64x64"], "64x64")
     assert (card["schedulers"], card["default_scheduler"]) == (["lcm", "ddim", "euler-ancestral"], "lcm")
     assert card["license"] == "Apache-2.0"
