@@ -114,9 +114,11 @@ class Supervisor:
         logger.error("%s ended (%s); starting it again in %.1f s", child.name, _describe(status), child.pause_s)
 
     def _catch_signals(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-                signal.signal(number, lambda *_: self._stopping.set())
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            signal.signal(number, lambda *_: self._stopping.set())
 
 
 def die_with_parent() -> None:
