@@ -201,9 +201,9 @@ class WorkerCosts(BaseModel):
 
 
 class Limit(BaseModel):
-    default: float
-    min: float
-    max: float
+    default: int | float
+    min: int | float
+    max: int | float
 
 
 class ModelCard(BaseModel):
