@@ -34,6 +34,7 @@ from workers.settings import WorkerSettings, new_worker_id
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 3.0
+STALL_FACTOR = 5
 ENGINE_STOP_S = 20.0  # a step, or the loading of a file, can't be interrupted
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 Report = Callable[[str, str], None]
@@ -299,11 +300,17 @@ class Worker:
         if self._engine.ended.done():
             raise EngineLost(f"the engine has died: {self._engine.ended.exception()!r}")
         if self._is_hung():
-            raise EngineLost(f"the engine hangs: a step has run for more than {self.settings.max_stall_s:g} s")
+            raise EngineLost(f"the engine hangs: a step has run for more than {self.max_step_s:g} s")
         await asyncio.sleep(1.0)
 
     def _is_hung(self) -> bool:
-        return self._engine.is_stalled(self.settings.max_stall_s)
+        return self._engine.is_stalled(self.max_step_s)
+
+    @property
+    def max_step_s(self) -> float:
+        """What takes longer is a hang: never less than several times the slowest step and decode that warm-up saw."""
+        slowest_ms = [max(warm.step_ms.values()) + max(warm.decode_ms.values()) for warm in self._warm_models]
+        return max(self.settings.max_stall_s, STALL_FACTOR * max(slowest_ms, default=0.0) / 1000)
 
     async def _heartbeat(self) -> None:
         states: dict[WorkerState, Literal["ready", "draining"]] = {

@@ -19,7 +19,7 @@ from PIL import Image
 
 from broker.embedded import EmbeddedRedis
 from broker.errors import RequestNotFound
-from broker.messages import Cancelled, Completed, Failed, Job, JobEvent, Preview, Started, TerminalEvent
+from broker.messages import Cancelled, Completed, Failed, Job, JobEvent, Preview, Started, TerminalEvent, WarmModel
 from broker.redis_broker import Limits, RedisBroker
 from broker.settings import SettingsError
 from models.loading import LoadError
@@ -313,6 +313,14 @@ async def test_redis_is_away_for_a_moment(tmp_path: Path, catalog: Path, prefix:
             await submit(broker, job)
             events = await events_of(broker, job)
         assert isinstance(events[job.request_id][-1], Completed)
+
+
+def test_a_slow_model_is_not_taken_for_a_hang(settings: WorkerSettings) -> None:
+    worker = Worker(settings)
+    assert worker.max_step_s == settings.max_stall_s
+    slow = WarmModel("small", "1", ((32, 32),), 8, 1.0, {1: 1000.0, 8: 30_000.0}, {1: 2000.0, 8: 10_000.0})
+    worker._warm_models = (slow,)
+    assert worker.max_step_s == 200.0
 
 
 async def test_a_taken_metrics_port_is_named(settings: WorkerSettings) -> None:
