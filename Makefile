@@ -4,6 +4,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= mini-lcm
 VENV ?= .venv
+RUNS ?= runs
 
 # The bundled Redis comes in a wheel for Linux x86-64 and Python 3.11 or 3.12, so such an interpreter is preferred.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3 python; do \
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve test lint format bench clean
+.PHONY: help serve test lint format bench train clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -34,6 +35,14 @@ format: $(VENV)/.dev  ## Format the code
 
 bench: $(VENV)/.dev  ## Measure the service beside diffusers and a plain server
 	$(BIN)/python -m benchmarks.service
+
+train: $(VENV)/.dev  ## Make the bundled model anew, in about two hours; an interrupted run goes on where it stopped
+	test -e $(RUNS)/latents/scenes.json || $(BIN)/python -m models.training.latents --out $(RUNS)/latents
+	$(BIN)/python -m models.training.teacher --latents $(RUNS)/latents --out $(RUNS)/teacher
+	$(BIN)/python -m models.training.autoencoder --latents $(RUNS)/latents --out $(RUNS)/autoencoder
+	$(BIN)/python -m models.training.lcm --latents $(RUNS)/latents --teacher $(RUNS)/teacher --out $(RUNS)/lcm
+	$(BIN)/python -m models.training.export --autoencoder $(RUNS)/autoencoder --teacher $(RUNS)/teacher --lcm $(RUNS)/lcm
+	$(BIN)/python -m models.training.evaluate --out $(RUNS)/figures --card models/training/cards/mini-sd.md
 
 clean:  ## Remove the virtual environment
 	rm -rf $(VENV)

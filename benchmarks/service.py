@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -28,8 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "diffusers", "transformers", "fastapi", "uvicorn", "redis")
+from benchmarks.machine import REPOSITORY, describe_machine
+
 READY_WITHIN_S = 180
 MAX_LATENCY_RATIO = 1.3
 
@@ -60,10 +58,7 @@ class BenchmarkError(Exception):
 def main() -> None:
     options = parse_options()
     try:
-        if options.dtypes:
-            compare_dtypes(options)
-        else:
-            compare_programs(options)
+        compare_programs(options)
     except BenchmarkError as error:
         sys.exit(f"benchmark failed: {error}")
 
@@ -80,7 +75,6 @@ def parse_options() -> argparse.Namespace:
         "--threads", type=int, default=0, help="torch threads of these two; 0: the faster of 1 and all cores"
     )
     parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-service.json")
-    parser.add_argument("--dtypes", action="store_true", help="only compare number formats, by diffusers' loop")
     return parser.parse_args()
 
 
@@ -113,15 +107,6 @@ def compare_programs(options: argparse.Namespace) -> None:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(f"\nEvery round: {options.json}")
-
-
-def compare_dtypes(options: argparse.Namespace) -> None:
-    rounds = []
-    with contextlib.ExitStack() as stack:
-        loops = [stack.enter_context(DiffusersLoop(options, dtype)) for dtype in ("float32", "bfloat16")]
-        for _ in range(options.rounds):
-            rounds += [loop.run(options.seconds) for loop in loops]
-    print_table(medians(rounds))
 
 
 # The three programs
@@ -288,26 +273,6 @@ def print_table(rows: list[Round]) -> None:
         figures = f"{row.images_per_s:.1f} | {row.p50_ms:.1f} | {row.p95_ms:.1f} | {row.p99_ms:.1f} | {row.pictures}"
         print(f"| {row.program} | {row.clients} | {figures} |")
     print()
-
-
-def describe_machine() -> dict[str, object]:
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -72,8 +72,12 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """fp16 on CUDA. On a CPU fp32: `benchmarks/service.py --dtypes` measures the choice."""
-    return torch.float16 if device.type == "cuda" else torch.float32
+    """fp16 on CUDA. On a CPU bf16 where the processor computes in it, else fp32: `benchmarks/engine.py` shows why."""
+    if device.type == "cuda":
+        return torch.float16
+    abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.11 lacks it
+    has_bf16 = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def _load_vae(spec: ModelSpec, dtype: torch.dtype) -> Any:
@@ -137,13 +141,15 @@ def _fuse_lora(pipe: Any, spec: ModelSpec, lora: LoraSpec) -> None:
 
 
 def _settle(module: Any, device: torch.device) -> Any:
-    """Moves a pipeline or network to its device in the memory layout that convolutions are fastest in."""
+    """Moves a pipeline or network to its device in the memory layout that its convolutions are fastest in."""
     module = module.to(device)
+    is_slow_layout = device.type == "cpu" and module.dtype == torch.bfloat16  # oneDNN reorders those weights each time
+    memory_format = torch.contiguous_format if is_slow_layout else torch.channels_last
     parts = module.components.values() if isinstance(module, diffusers.DiffusionPipeline) else (module,)
     for part in parts:
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-            cast(Any, part).to(memory_format=torch.channels_last)
+            cast(Any, part).to(memory_format=memory_format)
     return module
 
 

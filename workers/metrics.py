@@ -27,12 +27,19 @@ class WorkerMetrics:
         self.stopped_steps = Counter(
             "fewstep_stopped_steps", "Steps computed for requests that were then stopped", ["model"], registry=registry
         )
+        self.prompts = Counter(
+            "fewstep_prompts", "Prompts by whether the cache had them encoded", ["result"], registry=registry
+        )
         self.running = Gauge("fewstep_running_rows", "Rows held by the engine", registry=registry)
         self.warm = Gauge("fewstep_warm_model", "1 for each model that is warm here", ["model"], registry=registry)
         self.gpu_memory = Gauge("fewstep_gpu_memory_bytes", "GPU memory that tensors take", registry=registry)
 
     def observe_step(self, num_rows: int, seconds: float) -> None:
         self.step.labels(num_rows).observe(seconds)
+
+    def observe_prompts(self, hits: int, misses: int) -> None:
+        self.prompts.labels("hit").inc(hits)
+        self.prompts.labels("miss").inc(misses)
 
     def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
         return start_http_server(port, addr=host, registry=self.registry)

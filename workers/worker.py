@@ -208,7 +208,8 @@ class Worker:
     def _load(self, spec: ModelSpec) -> ModelRunner:
         self._report(spec.name, "loading")
         pipeline = load_pipeline(spec, self._device, self._dtype)
-        return ModelRunner(pipeline, _padded_sizes(spec) if self._device.type == "cuda" else None)
+        batch_sizes = _padded_sizes(spec) if self._device.type == "cuda" else None
+        return ModelRunner(pipeline, batch_sizes, self.metrics.observe_prompts)
 
     def _warm_up(self, engine: Engine, spec: ModelSpec) -> WarmModel:
         warm_model = warm_up(engine, spec.name, lambda detail: self._report(spec.name, f"warming {detail}"))

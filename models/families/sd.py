@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.catalog import ModelSpec
 from models.pipeline import Conditioning, FewStepPipeline, to_pixels
+from models.tracing import Network, Traced
 
 
 class StableDiffusion(FewStepPipeline):
@@ -34,13 +35,18 @@ class StableDiffusion(FewStepPipeline):
         super().__init__(spec, device, dtype, scheduler_config)
         self._tokenizer = pipe.tokenizer
         self._text_encoder = pipe.text_encoder
-        self._unet = pipe.unet
-        self._vae = pipe.vae
-        self._tiny_vae = tiny_vae
+        self._latent_channels: int = pipe.unet.config.in_channels
         self._vae_scale_factor: int = pipe.vae_scale_factor
+        self._predict = self._fast(_unet_network(pipe.unet))
+        self._decode_full = self._fast(_decoder_network(pipe.vae))
+        self._decode_tiny = self._decode_full if tiny_vae is None else self._fast(_decoder_network(tiny_vae))
+
+    def _fast(self, network: Network) -> Network:
+        """On a CPU the interpreter is a third of a small step, so the network is recorded there."""
+        return Traced(network) if self.device.type == "cpu" else network
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        return self._unet.config.in_channels, height // self._vae_scale_factor, width // self._vae_scale_factor
+        return self._latent_channels, height // self._vae_scale_factor, width // self._vae_scale_factor
 
     def encode_prompts(self, prompts: Sequence[str | None]) -> list[Conditioning]:
         texts = [prompt or "" for prompt in prompts]
@@ -63,17 +69,26 @@ class StableDiffusion(FewStepPipeline):
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]) -> Tensor:
         prompt_embeds = torch.stack([conditioning.prompt_embeds for conditioning in conditionings])
-        output: Tensor = self._unet(
-            latents.to(self.dtype), timesteps, encoder_hidden_states=prompt_embeds.to(self.dtype), return_dict=False
-        )[0]
-        return output.float()
+        return self._predict(latents.to(self.dtype), timesteps, prompt_embeds.to(self.dtype)).float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self._decode_with(self._vae, latents)
+        return to_pixels(self._decode_full(latents))
 
     def preview(self, latents: Tensor) -> Tensor:
-        return self._decode_with(self._tiny_vae or self._vae, latents)
+        return to_pixels(self._decode_tiny(latents))
 
-    def _decode_with(self, vae: Any, latents: Tensor) -> Tensor:
-        scaled = latents / vae.config.scaling_factor
-        return to_pixels(vae.decode(scaled.to(self.dtype), return_dict=False)[0])
+
+def _unet_network(unet: Any) -> Network:
+    def network(latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        output: Tensor = unet(latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+        return output
+
+    return network
+
+
+def _decoder_network(vae: Any) -> Network:
+    def network(latents: Tensor) -> Tensor:
+        image: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+        return image
+
+    return network

@@ -48,7 +48,7 @@ def build_kl(channels: tuple[int, ...] = (32, 32, 64)) -> AutoencoderKL:
     )
 
 
-def build_tiny(channels: int = 32) -> AutoencoderTiny:
+def build_tiny(channels: int = 16) -> AutoencoderTiny:
     """An AutoencoderTiny for the scaled latents that a UNet works on."""
     return AutoencoderTiny(
         encoder_block_out_channels=(channels,) * 3,
@@ -155,8 +155,8 @@ def report(source: PictureSource, code: LinearCode, vae: AutoencoderKL, tiny: Au
 def main(
     latents: Annotated[Path, typer.Option(help="Folder that the latents stage wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and results.")],
-    steps: Annotated[int, typer.Option(help="Steps for the KL autoencoder.")] = 2000,
-    tiny_steps: Annotated[int, typer.Option(help="Steps for the tiny autoencoder.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Steps for the KL autoencoder.")] = 2500,
+    tiny_steps: Annotated[int, typer.Option(help="Steps for the tiny autoencoder.")] = 1500,
     rate: float = 2e-3,
     batch_size: int = 24,
     emoji: Annotated[bool, typer.Option(help="Without emoji no font is needed.")] = True,

@@ -151,7 +151,7 @@ def save_teacher(trainer: Trainer, out: Path) -> None:
 def main(
     latents: Annotated[Path, typer.Option(help="Folder that the latents stage wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and results.")],
-    steps: Annotated[int, typer.Option(help="Steps of joint training.")] = 6000,
+    steps: Annotated[int, typer.Option(help="Steps of joint training.")] = 12_000,
     warm_up_steps: Annotated[int, typer.Option(help="Steps of the text encoder's warm-up.")] = 4000,
     start: Annotated[Path | None, typer.Option(help="Folder of an earlier teacher to go on from.")] = None,
     batch_size: int = 48,

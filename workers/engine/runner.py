@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +18,20 @@ MAX_CACHED_PROMPTS = 1024
 
 
 class ModelRunner:
-    """One warm model. `batch_sizes` are the row counts its network runs at (None: any); others are padded up to one."""
+    """One warm model. `batch_sizes` are the row counts its network runs at (None: any); others are padded up to one.
 
-    def __init__(self, pipeline: FewStepPipeline, batch_sizes: Sequence[int] | None = None) -> None:
+    `observe_prompts(hits, misses)` hears how many prompts of each new batch were already encoded.
+    """
+
+    def __init__(
+        self,
+        pipeline: FewStepPipeline,
+        batch_sizes: Sequence[int] | None = None,
+        observe_prompts: Callable[[int, int], None] = lambda *_: None,
+    ) -> None:
         self.pipeline = pipeline
         self._batch_sizes = batch_sizes
+        self._observe_prompts = observe_prompts
         self._prompts: OrderedDict[str | None, Conditioning] = OrderedDict()
 
     def prepare(self, requests: Sequence[RequestState]) -> None:
@@ -70,6 +79,7 @@ class ModelRunner:
 
     def _encode(self, texts: Collection[str | None]) -> None:
         missing = [text for text in texts if text not in self._prompts]
+        self._observe_prompts(len(texts) - len(missing), len(missing))
         if missing:
             self._prompts.update(zip(missing, self.pipeline.encode_prompts(missing), strict=True))
         for text in texts:

@@ -1,0 +1,270 @@
+"""The engine alone, beside diffusers' own pipeline in batches, in one process on one device.
+
+    python -m benchmarks.engine
+
+Four tables: pictures per batch size and number format; what previews add to a step; how much of a step is not the
+network; and how far the engine's pictures are from diffusers'. All programs take turns within each round; the tables
+show medians of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from benchmarks.diffusers_loop import hush_libraries
+from benchmarks.machine import REPOSITORY, describe_machine
+from benchmarks.prompts import endless_prompts
+from broker.messages import Delivery, Job, SamplingParams
+from models.catalog import ModelSpec, get_spec, load_catalog
+from models.loading import default_device, load_diffusers, load_pipeline
+from models.pipeline import FewStepPipeline
+from workers.engine import Engine, EngineOutput, Finished
+from workers.engine.engine import run_until_done
+from workers.engine.outputs import Pixels
+from workers.engine.runner import ModelRunner
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """`rows` pictures at a time, without encoding them to files."""
+
+    program: str
+    dtype: str
+    rows: int
+    ms: float
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step of `rows` requests. `network_share` is the part that the network itself takes."""
+
+    dtype: str
+    rows: int
+    step_ms: float
+    with_previews_ms: float
+    preview_share: float
+    network_share: float
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Pixel differences, of 255, in one number format; diffusers' pipeline is called with one picture at a time."""
+
+    dtype: str
+    setting: str
+    largest: int
+    mean: float
+
+
+def main() -> None:
+    options = parse_options()
+    hush_libraries()
+    spec = get_spec(load_catalog(), options.model)
+    contenders = [Contender(spec, dtype, options.steps) for dtype in options.dtypes]
+    report: dict[str, Sequence[Throughput | StepCost | Exactness]] = {
+        "throughput": measure_throughput(contenders, options),
+        "step": [cost for contender in contenders for cost in measure_steps(contender, options)],
+        "exactness": [row for contender in contenders for row in measure_exactness(contender)],
+    }
+    for rows in report.values():
+        print_table(rows)
+    tables = {name: [asdict(row) for row in rows] for name, rows in report.items()}
+    settings = {key: str(value) for key, value in vars(options).items()}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({"machine": describe_machine(), "settings": settings, **tables}, indent=2))
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mini-lcm")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-engine.json")
+    return parser.parse_args()
+
+
+class Contender:
+    """One number format: diffusers' pipeline and the engine, both warm."""
+
+    def __init__(self, spec: ModelSpec, dtype: str, steps: int) -> None:
+        device = default_device()
+        self.spec, self.dtype, self.steps = spec, dtype, steps
+        self.pipe = load_diffusers(spec, device, getattr(torch, dtype))
+        self.pipeline = NetworkTimer(load_pipeline(spec, device, getattr(torch, dtype)))
+        self.engine = Engine({spec.name: ModelRunner(cast(FewStepPipeline, self.pipeline))})
+        self._prompts = endless_prompts(seed=1)
+        self._numbers = itertools.count()
+
+    def draw_with_diffusers(self, all_params: Sequence[SamplingParams]) -> Pixels:
+        """All in one call."""
+        images = self.pipe(
+            [params.prompt for params in all_params],
+            num_inference_steps=all_params[0].num_inference_steps,
+            guidance_scale=all_params[0].guidance_scale,
+            width=all_params[0].width,
+            height=all_params[0].height,
+            generator=[torch.Generator("cpu").manual_seed(params.seed) for params in all_params],
+            output_type="np",
+        ).images
+        return np.asarray((images * 255).round(), dtype=np.uint8)
+
+    def draw_with_engine(self, all_params: Sequence[SamplingParams]) -> list[Finished]:
+        """All at once, in the order asked for."""
+        names = [f"r{next(self._numbers)}" for _ in all_params]
+        for name, params in zip(names, all_params, strict=True):
+            job = Job(name, self.spec.name, params, lane="api", owner="", gateway_id=None, keep_s=0)
+            self.engine.add(Delivery(job, attempt=1, waited_ms=0))
+        outputs: list[EngineOutput] = run_until_done(self.engine)
+        finished = {output.request.request_id: output for output in outputs if isinstance(output, Finished)}
+        return [finished[name] for name in names]
+
+    def new_params(self, rows: int, **changes: Any) -> list[SamplingParams]:
+        width, height = self.spec.default_size
+        params = SamplingParams(
+            prompt="",
+            negative_prompt=None,
+            width=width,
+            height=height,
+            num_inference_steps=self.steps,
+            guidance_scale=self.spec.guidance_scale.default,
+            seed=0,
+            scheduler=self.spec.default_scheduler,
+            num_images=1,
+            decoder="full",
+            output_format="png",
+            output_quality=85,
+            previews=False,
+            metadata=False,
+        )
+        return [replace(params, prompt=next(self._prompts), seed=row, **changes) for row in range(rows)]
+
+
+class NetworkTimer:
+    """A pipeline that also adds up the time its network takes."""
+
+    def __init__(self, pipeline: FewStepPipeline) -> None:
+        self._pipeline = pipeline
+        self.network_s = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def predict(self, *arguments: Any) -> torch.Tensor:
+        started_s = time.perf_counter()
+        output = self._pipeline.predict(*arguments)
+        if output.is_cuda:
+            torch.cuda.synchronize()
+        self.network_s += time.perf_counter() - started_s
+        return output
+
+
+def measure_throughput(contenders: Sequence[Contender], options: argparse.Namespace) -> list[Throughput]:
+    table = []
+    for rows in options.rows:
+        programs: dict[tuple[str, str], Callable[[], object]] = {}
+        for contender in contenders:
+            programs["diffusers", contender.dtype] = partial(draw, contender, contender.draw_with_diffusers, rows)
+            programs["engine", contender.dtype] = partial(draw, contender, contender.draw_with_engine, rows)
+        times_ms = take_turns(programs, options.rounds)
+        table += [Throughput(*key, rows, ms, rows / ms * 1000) for key, ms in times_ms.items()]
+    return table
+
+
+def draw(contender: Contender, program: Callable[[Sequence[SamplingParams]], object], rows: int) -> None:
+    program(contender.new_params(rows))
+
+
+def take_turns(programs: dict[tuple[str, str], Callable[[], object]], rounds: int) -> dict[tuple[str, str], float]:
+    """The median milliseconds of each program, after a first call that doesn't count."""
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
+    for number in range(rounds + 1):
+        for key, program in programs.items():
+            started_s = time.perf_counter()
+            program()
+            if number:
+                times[key].append((time.perf_counter() - started_s) * 1000)
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def measure_steps(contender: Contender, options: argparse.Namespace) -> list[StepCost]:
+    return [measure_step(contender, rows, options.rounds) for rows in options.rows]
+
+
+def measure_step(contender: Contender, rows: int, rounds: int) -> StepCost:
+    plain, previewed, network = [], [], []
+    steps = max(3, contender.steps)  # the last one has no preview, the first also encodes prompts
+    for _ in range(rounds):
+        contender.pipeline.network_s = 0.0
+        plain.append(step_ms(contender, rows, steps, previews=False))
+        network.append(contender.pipeline.network_s * 1000 / steps)
+        previewed.append(step_ms(contender, rows, steps, previews=True))
+    step, preview = statistics.median(plain), statistics.median(previewed)
+    share = statistics.median(network) / step
+    return StepCost(contender.dtype, rows, step, preview, preview / step - 1, share)
+
+
+def step_ms(contender: Contender, rows: int, steps: int, *, previews: bool) -> float:
+    """Mean time of the steps between the first and the last."""
+    for params in contender.new_params(rows, num_inference_steps=steps, previews=previews):
+        job = Job(f"s{params.seed}", contender.spec.name, params, lane="api", owner="", gateway_id=None, keep_s=0)
+        contender.engine.add(Delivery(job, attempt=1, waited_ms=0))
+    contender.engine.step()
+    started_s = time.perf_counter()
+    for _ in range(steps - 2):
+        contender.engine.step()
+    elapsed_ms = (time.perf_counter() - started_s) * 1000 / (steps - 2)
+    run_until_done(contender.engine)
+    return elapsed_ms
+
+
+def measure_exactness(contender: Contender, pictures: int = 8) -> list[Exactness]:
+    """Each picture alone, and all in one batch, where half of them take twice the steps."""
+    steps = [contender.steps * (1 + row % 2) for row in range(pictures)]
+    asked = [
+        replace(params, num_inference_steps=count)
+        for params, count in zip(contender.new_params(pictures), steps, strict=True)
+    ]
+    by_diffusers = [contender.draw_with_diffusers([params])[0] for params in asked]
+    alone = [contender.draw_with_engine([params])[0].pixels[0] for params in asked]
+    together = [output.pixels[0] for output in contender.draw_with_engine(asked)]
+    return [
+        Exactness(contender.dtype, setting, *differences(wanted, drawn))
+        for setting, wanted, drawn in (
+            ("alone, from diffusers", by_diffusers, alone),
+            (f"in a mixed batch of {pictures}, from diffusers", by_diffusers, together),
+            (f"in a mixed batch of {pictures}, from alone", alone, together),
+        )
+    ]
+
+
+def differences(wanted: Sequence[Pixels], drawn: Sequence[Pixels]) -> tuple[int, float]:
+    delta = np.abs(np.stack(wanted).astype(int) - np.stack(drawn).astype(int))
+    return int(delta.max()), float(delta.mean())
+
+
+def print_table(rows: Sequence[Any]) -> None:
+    names = list(asdict(rows[0]))
+    print("| " + " | ".join(names) + " |\n| " + " | ".join("---" for _ in names) + " |")
+    for row in rows:
+        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in asdict(row).values())
+        print("| " + " | ".join(cells) + " |")
+    print()
+
+
+if __name__ == "__main__":
+    main()
