@@ -33,7 +33,7 @@ format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev  ## Measure the service beside diffusers and a plain server
+bench: $(VENV)/.dev  ## Measure the service beside diffusers and two other servers
 	$(BIN)/python -m benchmarks.service
 
 train: $(VENV)/.dev  ## Make the bundled model anew, in about two hours; an interrupted run goes on where it stopped

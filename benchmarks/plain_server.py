@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
-from benchmarks.diffusers_loop import draw, hush_libraries
+from benchmarks.diffusers_loop import draw, hush_libraries, parse_dtype
 from models.catalog import get_spec, load_catalog
 from models.loading import default_device, load_diffusers
 
@@ -27,8 +27,8 @@ class Body(BaseModel):
 def create_app(model: str, dtype: str) -> FastAPI:
     app = FastAPI()
     spec = get_spec(load_catalog(), model)
-    pipe = load_diffusers(spec, default_device(), getattr(torch, dtype))
-    draw(pipe, spec, spec.num_inference_steps.default, "warm-up", seed=0)
+    pipe = load_diffusers(spec, default_device(), parse_dtype(dtype))
+    draw(pipe, spec, spec.num_inference_steps.default, ["warm-up"], seeds=[0])
     lock = threading.Lock()
 
     @app.get("/readyz")
@@ -38,7 +38,7 @@ def create_app(model: str, dtype: str) -> FastAPI:
     @app.post("/v1/generations")
     def generate(body: Body) -> Response:
         with lock:
-            data = draw(pipe, spec, body.num_inference_steps, body.prompt, body.seed)
+            (data,) = draw(pipe, spec, body.num_inference_steps, [body.prompt], [body.seed])
         return Response(data, media_type="image/png")
 
     return app
