@@ -36,7 +36,7 @@ format: $(VENV)/.dev  ## Format the code
 bench: $(VENV)/.dev  ## Measure the service beside diffusers and two other servers
 	$(BIN)/python -m benchmarks.service
 
-train: $(VENV)/.dev  ## Make the bundled model anew, in about two hours; an interrupted run goes on where it stopped
+train: $(VENV)/.dev  ## Make the bundled model anew, in two to three hours; an interrupted run goes on where it stopped
 	test -e $(RUNS)/latents/scenes.json || $(BIN)/python -m models.training.latents --out $(RUNS)/latents
 	$(BIN)/python -m models.training.teacher --latents $(RUNS)/latents --out $(RUNS)/teacher
 	$(BIN)/python -m models.training.autoencoder --latents $(RUNS)/latents --out $(RUNS)/autoencoder

@@ -214,7 +214,8 @@ def generate(
         settings = WorkerSettings.load(models=model)
         spec = get_spec(load_catalog(settings.catalog), model)
         params = complete(GenerationFields.model_validate(fields), spec, Defaults(output_format="png"))
-        job = Job("cli", spec.name, params, "api", "cli", gateway_id=None, keep_s=0, warnings=find_warnings(params))
+        warnings = find_warnings(params, spec)
+        job = Job("cli", spec.name, params, "api", "cli", gateway_id=None, keep_s=0, warnings=warnings)
         _draw(job, spec, settings, output)
     except ValidationError as error:
         first = error.errors()[0]
@@ -280,9 +281,10 @@ def _load_progress(settings: WorkerSettings) -> Iterator[Report]:
         return
     from models.catalog import get_spec, load_catalog
     from workers.engine.calibration import num_warm_ups
+    from workers.worker import place
 
-    catalog = load_catalog(settings.catalog)
-    total = sum(1 + num_warm_ups(get_spec(catalog, name)) for name in settings.model_names)
+    catalog, (device, _) = load_catalog(settings.catalog), place(settings)
+    total = sum(1 + num_warm_ups(get_spec(catalog, name), device) for name in settings.model_names)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=total)

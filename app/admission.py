@@ -17,7 +17,17 @@ from app.errors import ModelNotReady, Overloaded, invalid
 from app.metrics import Metrics
 from app.schemas import GenerationFields, LoraChoice
 from broker.errors import QueueFull, ResultStoreFull
-from broker.messages import MAX_SEED, Decoder, ImageFormat, Job, LoraWeight, SamplingParams, WarmModel, WorkerInfo
+from broker.messages import (
+    MAX_SEED,
+    Decoder,
+    ImageFormat,
+    Job,
+    LoraWeight,
+    SamplingParams,
+    WarmModel,
+    WorkerInfo,
+    cost_at,
+)
 from broker.redis_broker import Limits, RedisBroker, Submitted
 from models.catalog import ModelSpec, Size, get_spec
 
@@ -75,11 +85,13 @@ def complete(fields: GenerationFields, spec: ModelSpec, defaults: Defaults) -> S
     )
 
 
-def find_warnings(params: SamplingParams) -> tuple[str, ...]:
+def find_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
     """What is accepted but has no effect."""
-    if params.negative_prompt and params.guidance_scale <= 1:
-        return (f"negative_prompt has no effect: guidance_scale is {params.guidance_scale:g} and must be above 1",)
-    return ()
+    if not params.negative_prompt or spec.is_guided(params.guidance_scale):
+        return ()
+    if spec.guidance_embedded:
+        return (f"negative_prompt has no effect: {spec.name} reads the guidance scale itself",)
+    return (f"negative_prompt has no effect: guidance_scale is {params.guidance_scale:g} and must be above 1",)
 
 
 def _check_prompt(prompt: str, spec: ModelSpec) -> str:
@@ -193,12 +205,10 @@ def find_warm(workers: Iterable[WorkerInfo], model: str) -> list[tuple[WorkerInf
 
 
 def cost_per_request_ms(warm: WarmModel, num_steps: int) -> float:
-    """What one request costs a worker that always runs its largest measured batch."""
-    rows = max(warm.step_ms, default=1)
-    step_ms = warm.step_ms.get(rows, 0.0) / rows
-    decode_rows = max(warm.decode_ms, default=1)
-    decode_ms = warm.decode_ms.get(decode_rows, 0.0) / decode_rows
-    return warm.text_ms + num_steps * step_ms + decode_ms
+    """What one request of the default size costs a worker whose batch is as large as it should be."""
+    costs = warm.sizes[0]
+    batch_ms = num_steps * cost_at(costs.step_ms, costs.max_rows) + cost_at(costs.decode_ms, costs.max_rows)
+    return warm.text_ms + batch_ms / costs.max_rows
 
 
 def predict_wait_ms(workers: Iterable[WorkerInfo], spec: ModelSpec, position: int) -> int | None:
@@ -210,7 +220,7 @@ def predict_wait_ms(workers: Iterable[WorkerInfo], spec: ModelSpec, position: in
     warm = find_warm(workers, spec.name)
     if not warm:
         return None
-    free = sum(max(0, model.max_batch_size - worker.num_running) for worker, model in warm)
+    free = sum(max(0, model.sizes[0].max_rows - worker.num_running) for worker, model in warm)
     costs = [cost_per_request_ms(model, spec.num_inference_steps.default) for _, model in warm]
     per_ms = sum(1 / max(cost, 0.01) for cost in costs)
     return math.ceil(max(0, position + 1 - free) / per_ms)

@@ -186,16 +186,16 @@ class LiveSession:
         quick: Decoder = "tiny" if message.refine else "full"
         defaults = Defaults(output_format="jpeg", previews=True, decoder=quick, seed=self._seed)
         params = complete(message, spec, defaults)
-        job = self._make_job(spec.name, params, message.deadline_ms)
+        job = self._make_job(spec, params, message.deadline_ms)
         if message.refine is None:
             return Drawing(message.seq, job)
         refined = _refine(message, params, spec)
         return Drawing(message.seq, job, refined=refined, after_ms=message.refine.after_ms)
 
-    def _make_job(self, model: str, params: SamplingParams, deadline_ms: int | None) -> Job:
+    def _make_job(self, spec: ModelSpec, params: SamplingParams, deadline_ms: int | None) -> Job:
         return Job(
             request_id=new_request_id(),
-            model=model,
+            model=spec.name,
             params=params,
             lane="live",
             owner=self._owner,
@@ -203,7 +203,7 @@ class LiveSession:
             keep_s=0,
             session=self._session,
             deadline_ms=deadline_ms,
-            warnings=find_warnings(params),
+            warnings=find_warnings(params, spec),
         )
 
     async def _cancel(self) -> None:
@@ -273,7 +273,8 @@ class LiveSession:
 
     async def _refine_after_pause(self, drawing: Drawing, params: SamplingParams) -> None:
         await asyncio.sleep(self._generated_at + drawing.after_ms / 1000 - time.monotonic())
-        job = self._make_job(drawing.job.model, params, drawing.job.deadline_ms)
+        spec = self._gateway.admission.find_model(drawing.job.model)
+        job = self._make_job(spec, params, drawing.job.deadline_ms)
         self._tasks.create_task(self._draw(Drawing(drawing.seq, job, is_refined=True)))
 
     def _stop_refine_timer(self) -> None:

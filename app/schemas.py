@@ -185,19 +185,30 @@ class PreviewData(BaseModel):
     b64_json: str
 
 
+class SizeCard(BaseModel):
+    """What a worker measured at one picture size: milliseconds of a batch by its rows.
+
+    `max_rows` is how large it lets a batch grow.
+    """
+
+    size: str
+    max_rows: int
+    step_ms: dict[int, float]
+    decode_ms: dict[int, float]
+    preview_ms: dict[int, float]
+
+
 class WorkerCosts(BaseModel):
-    """One live worker that holds the model warm, and what it measured: milliseconds by batch size."""
+    """One live worker that holds the model warm, and what it measured."""
 
     worker_id: str
     device: str
     dtype: str
     revision: str
-    sizes: list[str]
     max_batch_size: int
     num_running: int
     text_ms: float
-    step_ms: dict[int, float]
-    decode_ms: dict[int, float]
+    sizes: list[SizeCard]
 
 
 class Limit(BaseModel):

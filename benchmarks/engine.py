@@ -2,9 +2,9 @@
 
     python -m benchmarks.engine
 
-Four tables: pictures per batch size and number format; what previews add to a step; how much of a step is not the
-network; and how far the engine's pictures are from diffusers'. All programs take turns within each round; the tables
-show medians of the rounds.
+Three tables: pictures per batch size and number format; what a step costs, with previews and without, and how much of
+it is the network; and how far the engine's pictures are from diffusers'. All programs take turns within each round;
+the tables show medians of the rounds.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
     contenders = [Contender(spec, dtype, options.steps) for dtype in options.dtypes]
     report: dict[str, Sequence[Throughput | StepCost | Exactness]] = {
         "throughput": measure_throughput(contenders, options),
-        "step": [cost for contender in contenders for cost in measure_steps(contender, options)],
+        "step": [measure_step(contender, rows, options.rounds) for contender in contenders for rows in options.rows],
         "exactness": [row for contender in contenders for row in measure_exactness(contender)],
     }
     for rows in report.values():
@@ -125,13 +125,17 @@ class Contender:
 
     def draw_with_engine(self, all_params: Sequence[SamplingParams]) -> list[Finished]:
         """All at once, in the order asked for."""
-        names = [f"r{next(self._numbers)}" for _ in all_params]
-        for name, params in zip(names, all_params, strict=True):
-            job = Job(name, self.spec.name, params, lane="api", owner="", gateway_id=None, keep_s=0)
-            self.engine.add(Delivery(job, attempt=1, waited_ms=0))
+        names = [self.add(params) for params in all_params]
         outputs: list[EngineOutput] = run_until_done(self.engine)
         finished = {output.request.request_id: output for output in outputs if isinstance(output, Finished)}
         return [finished[name] for name in names]
+
+    def add(self, params: SamplingParams) -> str:
+        """Gives the engine a request; returns its id."""
+        request_id = f"r{next(self._numbers)}"
+        job = Job(request_id, self.spec.name, params, lane="api", owner="", gateway_id=None, keep_s=0)
+        self.engine.add(Delivery(job, attempt=1, waited_ms=0))
+        return request_id
 
     def new_params(self, rows: int, **changes: Any) -> list[SamplingParams]:
         width, height = self.spec.default_size
@@ -201,10 +205,6 @@ def take_turns(programs: dict[tuple[str, str], Callable[[], object]], rounds: in
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-def measure_steps(contender: Contender, options: argparse.Namespace) -> list[StepCost]:
-    return [measure_step(contender, rows, options.rounds) for rows in options.rows]
-
-
 def measure_step(contender: Contender, rows: int, rounds: int) -> StepCost:
     plain, previewed, network = [], [], []
     steps = max(3, contender.steps)  # the last one has no preview, the first also encodes prompts
@@ -221,8 +221,7 @@ def measure_step(contender: Contender, rows: int, rounds: int) -> StepCost:
 def step_ms(contender: Contender, rows: int, steps: int, *, previews: bool) -> float:
     """Mean time of the steps between the first and the last."""
     for params in contender.new_params(rows, num_inference_steps=steps, previews=previews):
-        job = Job(f"s{params.seed}", contender.spec.name, params, lane="api", owner="", gateway_id=None, keep_s=0)
-        contender.engine.add(Delivery(job, attempt=1, waited_ms=0))
+        contender.add(params)
     contender.engine.step()
     started_s = time.perf_counter()
     for _ in range(steps - 2):

@@ -221,20 +221,47 @@ class LoggedEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class WarmModel:
-    """A model that a worker has proven by a real generation.
+class SizeCosts:
+    """What one picture size costs: milliseconds of a batch by its rows.
 
-    `sizes` are the (width, height) that it warmed. The cost table: `step_ms[n]`, `decode_ms[n]` are milliseconds for
-    a batch of n rows, `text_ms` for one prompt.
+    `max_rows` is how far a batch may grow: beyond it one more row costs the others more than it saves in the queue.
+    """
+
+    width: int
+    height: int
+    max_rows: int
+    step_ms: dict[int, float]
+    decode_ms: dict[int, float]
+    preview_ms: dict[int, float]
+
+
+def cost_at(table: Mapping[int, float], rows: int) -> float:
+    """Between two measured row counts on the line between them, below the least as that one, above the largest in
+    proportion."""
+    below = max((n for n in table if n <= rows), default=min(table))
+    above = min((n for n in table if n >= rows), default=below)
+    if above == below:
+        return table[below] * max(1.0, rows / below)
+    share = (rows - below) / (above - below)
+    return table[below] + share * (table[above] - table[below])
+
+
+@dataclass(frozen=True, slots=True)
+class WarmModel:
+    """A model that a worker has proven by a real generation at each of its warm sizes; the default size comes first.
+
+    `text_ms` is what one prompt costs that no cache holds.
     """
 
     model: str
     revision: str
-    sizes: tuple[tuple[int, int], ...]
     max_batch_size: int
     text_ms: float
-    step_ms: dict[int, float]
-    decode_ms: dict[int, float]
+    sizes: tuple[SizeCosts, ...]
+
+    def find_costs(self, width: int, height: int) -> SizeCosts:
+        """What was measured for this size, or for the one whose area is nearest."""
+        return min(self.sizes, key=lambda costs: abs(costs.width * costs.height - width * height))
 
 
 @dataclass(frozen=True, slots=True)

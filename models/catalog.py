@@ -79,12 +79,13 @@ class ModelSpec(_Entry):
 
     A `source` is "bundled:<folder>" (ships with this repository), a local folder, or a repository on the Hugging Face
     Hub. `sizes` are the allowed (width, height), the first one the default; `warm_sizes` are proven before a worker is
-    ready. `max_prompt_chars` bounds the text, the tokenizer's own limit gives a warning.
+    ready. `max_prompt_chars` bounds the text, the tokenizer's own limit gives a warning. `guidance_embedded` marks a
+    full LCM, whose network reads the guidance scale as an input.
     """
 
     name: str
     description: str
-    family: Literal["sd"]
+    family: Literal["sd", "sdxl"]
     source: str
     license: str
     license_note: str = ""
@@ -97,6 +98,7 @@ class ModelSpec(_Entry):
     default_scheduler: str
     num_inference_steps: StepRange
     guidance_scale: Range
+    guidance_embedded: bool = False
     sizes: list[Size] = Field(min_length=1)
     warm_sizes: list[Size] = Field(min_length=1)
     max_batch_size: int = Field(default=8, ge=1)
@@ -112,7 +114,7 @@ class ModelSpec(_Entry):
             raise ValueError(f"default_scheduler {self.default_scheduler!r} is none of {', '.join(self.schedulers)}")
         if missing := [size for size in self.warm_sizes if size not in self.sizes]:
             raise ValueError(f"warm_sizes {missing} are not in sizes")
-        num_rows = self.max_num_images * (2 if self.guidance_scale.max > 1 else 1)
+        num_rows = self.num_rows(self.max_num_images, self.guidance_scale.max)
         if num_rows > self.max_batch_size:
             raise ValueError(
                 f"max_num_images {self.max_num_images} with guidance needs {num_rows} rows, "
@@ -123,6 +125,14 @@ class ModelSpec(_Entry):
     @property
     def default_size(self) -> Size:
         return self.sizes[0]
+
+    def is_guided(self, guidance_scale: float) -> bool:
+        """Whether classifier-free guidance runs: not up to a scale of 1, and never where the network embeds it."""
+        return guidance_scale > 1 and not self.guidance_embedded
+
+    def num_rows(self, num_images: int, guidance_scale: float) -> int:
+        """How many rows of a batch a request takes: guidance doubles them."""
+        return num_images * (2 if self.is_guided(guidance_scale) else 1)
 
     @property
     def public_revision(self) -> str:

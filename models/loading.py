@@ -6,6 +6,7 @@ Safetensors only, and no code from model folders.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +15,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from models.catalog import LoraSpec, ModelSpec, resolve_source
+from models.families.latent_diffusion import LatentDiffusion
 from models.families.sd import StableDiffusion
+from models.families.sdxl import StableDiffusionXL
 from models.pipeline import FewStepPipeline
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """diffusers' pipeline of a family, what it must be told to load, and the class that the engine sees."""
+
+    pipeline_class: Any
+    arguments: dict[str, Any]
+    kind: type[LatentDiffusion]
+
+
+FAMILIES = {
+    "sd": Family(
+        diffusers.StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}, StableDiffusion
+    ),
+    "sdxl": Family(diffusers.StableDiffusionXLPipeline, {"add_watermarker": False}, StableDiffusionXL),
+}
 
 
 class LoadError(Exception):
@@ -28,7 +48,7 @@ def load_pipeline(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
     """The model of a catalog entry, ready to compute on `device` in `dtype`. Raises LoadError."""
     pipe = _load_parts(spec, dtype)
     try:
-        return StableDiffusion(
+        return FAMILIES[spec.family].kind(
             spec,
             device,
             dtype,
@@ -52,19 +72,20 @@ def _load_parts(spec: ModelSpec, dtype: torch.dtype) -> Any:
     source = resolve_source(spec.source)
     _check_weights(spec, source)
     parts = {"vae": _load_vae(spec, dtype)} if spec.vae else {}
-    pipe = _from_pretrained(
-        diffusers.StableDiffusionPipeline,
-        spec,
-        source,
-        dtype,
-        safety_checker=None,
-        requires_safety_checker=False,
-        **parts,
-    )
+    family = FAMILIES[spec.family]
+    pipe = _from_pretrained(family.pipeline_class, spec, source, dtype, **family.arguments, **parts)
+    _check_guidance(spec, pipe.unet)
     if spec.lora is not None:
         _fuse_lora(pipe, spec, spec.lora)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_guidance(spec: ModelSpec, unet: Any) -> None:
+    width = unet.config.time_cond_proj_dim
+    if (width is not None) != spec.guidance_embedded:
+        told = str(spec.guidance_embedded).lower()
+        raise LoadError(f"{spec.name}: guidance_embedded is {told}, but time_cond_proj_dim of the UNet is {width}")
 
 
 def default_device() -> torch.device:

@@ -19,12 +19,13 @@ from models.schedules import ScheduleFactory
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What the network is told about one prompt: `prompt_embeds` "t d".
+    """What the network is told about one prompt: `prompt_embeds` "t d", and `pooled` "p" where the family has one.
 
     `truncated` is the text that the tokenizer's length cut off.
     """
 
     prompt_embeds: Tensor
+    pooled: Tensor | None = None
     truncated: str = ""
 
 
@@ -54,8 +55,13 @@ class FewStepPipeline(ABC):
         """One conditioning per prompt; None stands for a negative prompt that was not given."""
 
     @abstractmethod
-    def predict(self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning]) -> Tensor:
-        """The network's output "b c h w" for latents "b c h w" at timesteps "b", one conditioning per row."""
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning], guidance_scales: Tensor
+    ) -> Tensor:
+        """The network's output "b c h w" for latents "b c h w" at timesteps "b", one conditioning per row.
+
+        `guidance_scales` "b" is read by networks that embed it (`spec.guidance_embedded`), and by no others.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

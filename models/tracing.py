@@ -1,45 +1,45 @@
 """Networks without their Python.
 
-At batch 1 a miniature network on a CPU spends a third of its time in the interpreter, between the operations. A
-recording keeps the operations alone. It computes exactly what the network computes, for any number of rows.
+At batch 1 a miniature network on a CPU spends much of its time in the interpreter, between the operations. A recording
+keeps the operations alone. It computes exactly what the network computes, for any number of rows.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.jit._trace import TracerWarning
 
-Network = Callable[..., Tensor]
+T = TypeVar("T")
 
 
-class Traced:
+class Traced(Generic[T]):
     """`network`, recorded (`torch.jit.trace`) when a picture size is first seen and replayed from then on.
 
     All inputs have their rows in the first dimension.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Callable[..., T]) -> None:
         self._network = network
-        self._recordings: dict[torch.Size, Network] = {}
+        self._recordings: dict[torch.Size, Callable[..., T]] = {}
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> T:
         shape = inputs[0].shape[1:]
         if shape not in self._recordings:
             self._recordings[shape] = _record(self._network, inputs)
         return self._recordings[shape](*inputs)
 
 
-def _record(network: Network, inputs: tuple[Tensor, ...]) -> Network:
+def _record(network: Callable[..., T], inputs: tuple[Tensor, ...]) -> Callable[..., T]:
     """Recorded with two copies of the first row: with a single one, a fixed 1 could not be told from the row count."""
     two_rows = tuple(tensor[:1].repeat(2, *[1] * (tensor.dim() - 1)) for tensor in inputs)
     with warnings.catch_warnings():
         # What depends on the picture's size may be fixed, since each size has its own recording.
         warnings.simplefilter("ignore", TracerWarning)
-        # Its successor, torch.export, keeps the interpreter in the loop and is no faster than the network itself.
+        # Of its successors torch.export keeps the interpreter, and torch.compile takes a minute to start.
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
-        return cast(Network, cast(Any, torch.jit.trace)(network, two_rows, check_trace=False))
+        return cast(Callable[..., T], cast(Any, torch.jit.trace)(network, two_rows, check_trace=False))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
-from broker.messages import Delivery, Job, SamplingParams
+from broker.messages import Delivery, Job, SamplingParams, SizeCosts, WarmModel
 
 
 def make_params(**changes: Any) -> SamplingParams:
@@ -40,6 +41,21 @@ def make_job(request_id: str | None = None, *, model: str = "small", **params: A
     )
 
 
-def make_delivery(request_id: str | None = None, *, is_last_attempt: bool = False, **params: Any) -> Delivery:
-    job = make_job(request_id, **params)
+def make_delivery(
+    request_id: str | None = None, *, is_last_attempt: bool = False, deadline_ms: int | None = None, **params: Any
+) -> Delivery:
+    job = replace(make_job(request_id, **params), deadline_ms=deadline_ms)
     return Delivery(job, attempt=1, waited_ms=0.0, is_last_attempt=is_last_attempt)
+
+
+def make_warm(model: str = "small", **changes: Any) -> WarmModel:
+    """What a worker measured; `changes` are fields of its only size's costs."""
+    values: dict[str, Any] = {
+        "width": 64,
+        "height": 64,
+        "max_rows": 8,
+        "step_ms": {1: 10.0, 8: 40.0},
+        "decode_ms": {1: 4.0, 8: 16.0},
+        "preview_ms": {1: 1.0, 8: 4.0},
+    }
+    return WarmModel(model, "1", max_batch_size=8, text_ms=1.0, sizes=(SizeCosts(**(values | changes)),))

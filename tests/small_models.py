@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from models.catalog import LoraSpec, ModelSpec, Range, SchedulerSpec, StepRange
 
@@ -26,23 +33,62 @@ SCHEDULERS = {
 }
 
 
-def make_sd_folder(folder: Path) -> None:
-    """A StableDiffusionPipeline folder that draws 32x32 noise-like pictures, different for each prompt and seed."""
+def make_sd_folder(folder: Path, time_cond_proj_dim: int | None = None) -> None:
+    """A StableDiffusionPipeline folder that draws 32x32 noise-like pictures, different for each prompt and seed.
+
+    With `time_cond_proj_dim` its UNet embeds the guidance scale, as that of a full LCM does.
+    """
     torch.manual_seed(0)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=1000,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
+    StableDiffusionPipeline(
+        text_encoder=CLIPTextModel(_text_config(hidden_size=32)),
+        tokenizer=_make_tokenizer(),
+        unet=_make_unet(cross_attention_dim=32, time_cond_proj_dim=time_cond_proj_dim),
+        vae=_make_vae(scaling_factor=0.5),
+        scheduler=_make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def make_sdxl_folder(folder: Path) -> None:
+    """The same in SDXL's layout: two text encoders of different widths, a pooled embedding, time ids."""
+    torch.manual_seed(3)
+    unet = _make_unet(
+        cross_attention_dim=32 + 48,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
     )
-    unet = UNet2DConditionModel(
+    StableDiffusionXLPipeline(
+        text_encoder=CLIPTextModel(_text_config(hidden_size=32)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(hidden_size=48, projection_dim=24)),
+        tokenizer=_make_tokenizer(),
+        tokenizer_2=_make_tokenizer(),
+        unet=unet,
+        vae=_make_vae(scaling_factor=0.5),
+        scheduler=_make_scheduler(),
+    ).save_pretrained(folder)
+
+
+def _text_config(hidden_size: int, **changes: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=1000,
+        hidden_size=hidden_size,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        **changes,
+    )
+
+
+def _make_unet(**changes: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -50,31 +96,28 @@ def make_sd_folder(folder: Path) -> None:
         block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
         attention_head_dim=8,
         norm_num_groups=8,
+        **changes,
     )
-    vae = AutoencoderKL(
+
+
+def _make_vae(scaling_factor: float) -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(16, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=4,
         norm_num_groups=8,
         sample_size=32,
-        scaling_factor=0.5,
+        scaling_factor=scaling_factor,
     )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=_make_tokenizer(),
-        unet=unet,
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+
+
+def _make_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+    )
 
 
 def make_tiny_vae_folder(folder: Path) -> None:
@@ -89,9 +132,9 @@ def make_tiny_vae_folder(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def make_lora_folder(folder: Path, sd_folder: Path) -> None:
+def make_lora_folder(folder: Path, base_folder: Path) -> None:
     """A LoRA over the UNet's attention, with weights large enough to change every picture."""
-    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
+    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet")
     torch.manual_seed(2)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     for name, parameter in unet.named_parameters():
@@ -123,6 +166,28 @@ def small_spec(root: Path, **changes: Any) -> ModelSpec:
         "max_batch_size": 16,
     }
     return ModelSpec(**(values | changes))
+
+
+def small_lcm_spec(root: Path) -> ModelSpec:
+    """A full LCM: no LoRA, and the guidance scale goes into its network."""
+    if not (root / "lcm").exists():
+        make_sd_folder(root / "lcm", time_cond_proj_dim=32)
+    guidance = Range(default=8.5, min=3, max=13)
+    return small_spec(root, source=str(root / "lcm"), lora=None, guidance_scale=guidance, guidance_embedded=True)
+
+
+def small_sdxl_spec(root: Path, **changes: Any) -> ModelSpec:
+    """SDXL's layout with the scheduler of SDXL-Turbo as default."""
+    if not (root / "sdxl").exists():
+        make_sdxl_folder(root / "sdxl")
+        make_lora_folder(root / "sdxl-lora", root / "sdxl")
+    values: dict[str, Any] = {
+        "family": "sdxl",
+        "source": str(root / "sdxl"),
+        "lora": None,
+        "default_scheduler": "euler-ancestral",
+    }
+    return small_spec(root, **(values | changes))
 
 
 def _make_tokenizer() -> CLIPTokenizerFast:

@@ -40,7 +40,8 @@ class EngineThread:
         self._commands.put(lambda engine: engine.add(delivery))
 
     def abort(self, abort: Abort) -> None:
-        self._commands.put(lambda engine: engine.abort(abort))
+        asked_s = time.perf_counter()
+        self._commands.put(lambda engine: engine.abort(abort, asked_s))
 
     def stop(self, timeout_s: float) -> None:
         """Ends the thread after its current step; gives up waiting after `timeout_s`."""

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from broker.messages import Delivery
-from workers.engine.request import RequestState
+from models.catalog import ModelSpec
 
 
 class Holdings:
     """A request is owned from delivery until its end is in Redis; it takes rows until the engine is done with it."""
 
-    def __init__(self, max_rows: int) -> None:
-        self.max_rows = max_rows
+    def __init__(self, specs: Mapping[str, ModelSpec]) -> None:
+        self._specs = specs
+        self.max_rows = max(spec.max_batch_size for spec in specs.values())
         self._owned: dict[str, Delivery] = {}
         self._rows: dict[str, int] = {}
 
     def take(self, delivery: Delivery) -> None:
-        request = RequestState(delivery)
-        self._owned[request.request_id] = delivery
-        self._rows[request.request_id] = request.num_rows
+        self._owned[delivery.job.request_id] = delivery
+        self._rows[delivery.job.request_id] = self._count_rows(delivery)
 
     def free_rows(self, request_id: str) -> None:
         """The engine is done with it; its end is still to be published."""
@@ -46,9 +48,13 @@ class Holdings:
     def has_room_for(self, delivery: Delivery) -> bool:
         """Whoever holds nothing takes anything. Live work always fits: going back, it would be overtaken."""
         is_first = not self._rows
-        return is_first or delivery.job.lane == "live" or RequestState(delivery).num_rows <= self.room
+        return is_first or delivery.job.lane == "live" or self._count_rows(delivery) <= self.room
 
     @property
     def room(self) -> int:
         """Rows that may still be taken: about one batch is held, never more."""
         return max(0, self.max_rows - self.num_rows)
+
+    def _count_rows(self, delivery: Delivery) -> int:
+        params = delivery.job.params
+        return self._specs[delivery.job.model].num_rows(params.num_images, params.guidance_scale)

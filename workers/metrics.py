@@ -7,6 +7,8 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from workers.engine import Aborted
+
 BUCKETS_S = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192, 16.384)
 
 
@@ -27,6 +29,13 @@ class WorkerMetrics:
         self.stopped_steps = Counter(
             "fewstep_stopped_steps", "Steps computed for requests that were then stopped", ["model"], registry=registry
         )
+        self.late_steps = Counter(
+            "fewstep_late_steps", "Steps computed for requests already asked to stop", ["model"], registry=registry
+        )
+        self.rows = Counter("fewstep_rows", "Rows computed, over all steps", ["model"], registry=registry)
+        self.stopped_rows = Counter(
+            "fewstep_stopped_rows", "Rows computed for requests that were then stopped", ["model"], registry=registry
+        )
         self.prompts = Counter(
             "fewstep_prompts", "Prompts by whether the cache had them encoded", ["result"], registry=registry
         )
@@ -34,8 +43,16 @@ class WorkerMetrics:
         self.warm = Gauge("fewstep_warm_model", "1 for each model that is warm here", ["model"], registry=registry)
         self.gpu_memory = Gauge("fewstep_gpu_memory_bytes", "GPU memory that tensors take", registry=registry)
 
-    def observe_step(self, num_rows: int, seconds: float) -> None:
+    def observe_step(self, model: str, num_rows: int, seconds: float) -> None:
         self.step.labels(num_rows).observe(seconds)
+        self.rows.labels(model).inc(num_rows)
+
+    def observe_stop(self, output: Aborted) -> None:
+        """What was computed in vain for a request that was stopped."""
+        request = output.request
+        self.stopped_steps.labels(request.model).inc(len(request.steps_ms))
+        self.stopped_rows.labels(request.model).inc(len(request.steps_ms) * request.num_rows)
+        self.late_steps.labels(request.model).inc(output.is_late)
 
     def observe_prompts(self, hits: int, misses: int) -> None:
         self.prompts.labels("hit").inc(hits)

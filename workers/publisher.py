@@ -16,6 +16,7 @@ from broker.errors import BrokerUnavailable
 from broker.messages import (
     Cancelled,
     Completed,
+    Expired,
     Failed,
     Job,
     JobError,
@@ -37,6 +38,11 @@ logger = logging.getLogger(__name__)
 
 PREVIEW_QUALITY = 85
 Ending = Finished | Aborted | GenerationFailed
+STOPPED: dict[str, type[Cancelled | Superseded | Expired]] = {
+    "cancelled": Cancelled,
+    "newer": Superseded,
+    "expired": Expired,
+}
 
 
 class Publisher:
@@ -95,10 +101,8 @@ class Publisher:
             case GenerationFailed(error=error):
                 return Failed(request_id, _job_error(error))
             case Aborted(reason=reason):
-                self._metrics.stopped_steps.labels(output.request.model).inc(len(output.request.steps_ms))
-                if reason == "lost":
-                    return None
-                return Cancelled(request_id) if reason == "cancelled" else Superseded(request_id)
+                self._metrics.observe_stop(output)
+                return None if reason == "lost" else STOPPED[reason](request_id)
 
     async def _complete(self, request: RequestState, pixels: Pixels) -> Completed:
         started_s = time.perf_counter()

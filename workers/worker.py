@@ -23,7 +23,7 @@ from broker.settings import SettingsError
 from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, default_dtype, load_pipeline
 from workers.engine import Engine, EngineOutput, PreviewReady
-from workers.engine.calibration import warm_up
+from workers.engine.calibration import batch_sizes, warm_up
 from workers.engine.runner import ModelRunner
 from workers.engine_thread import EngineThread
 from workers.holdings import Holdings
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 3.0
 STALL_FACTOR = 5
 ENGINE_STOP_S = 20.0  # a step, or the loading of a file, can't be interrupted
-GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 Report = Callable[[str, str], None]
 
 
@@ -65,12 +64,12 @@ class Worker:
         self.metrics = WorkerMetrics()
         self.state = WorkerState.NEW
         catalog = load_catalog(settings.catalog)
-        self._specs = [get_spec(catalog, name) for name in settings.model_names]
+        self._specs = {name: get_spec(catalog, name) for name in settings.model_names}
         self._device, self._dtype = place(settings)
         self._report_to = report
         self._detail = ""
         self._warm_models: tuple[WarmModel, ...] = ()
-        self._holdings = Holdings(max(spec.max_batch_size for spec in self._specs))
+        self._holdings = Holdings(self._specs)
         self._has_room = asyncio.Event()
         self._stop = asyncio.Event()
         self._publishing: set[asyncio.Task[None]] = set()
@@ -90,7 +89,7 @@ class Worker:
             self.worker_id,
             self._holdings,
             self.metrics,
-            {spec.name: spec.public_revision for spec in self._specs},
+            {name: spec.public_revision for name, spec in self._specs.items()},
             settings.encode_threads,
         )
 
@@ -133,11 +132,12 @@ class Worker:
         if self._stop.is_set():
             return
         self._enter(WorkerState.STARTING, WorkerState.READY)
+        self._holdings.max_rows = max(costs.max_rows for warm in self._warm_models for costs in warm.sizes)
         self._renewer.start()
         self._has_room.set()
         async with asyncio.TaskGroup() as background:
             receivers = [
-                background.create_task(_keep_doing(self._receive, spec.name, until=self._stop)) for spec in self._specs
+                background.create_task(_keep_doing(self._receive, name, until=self._stop)) for name in self._specs
             ]
             reclaim = background.create_task(_keep_doing(self._reclaim))
             lasting = [
@@ -201,19 +201,20 @@ class Worker:
     # On the engine thread
 
     def _build_engine(self) -> Engine:
-        engine = Engine({spec.name: self._load(spec) for spec in self._specs}, self.metrics.observe_step)
-        self._warm_models = tuple(self._warm_up(engine, spec) for spec in self._specs)
+        runners = {name: self._load(spec) for name, spec in self._specs.items()}
+        engine = Engine(runners, self.metrics.observe_step)
+        self._warm_models = tuple(self._warm_up(engine, name) for name in self._specs)
         return engine
 
     def _load(self, spec: ModelSpec) -> ModelRunner:
         self._report(spec.name, "loading")
         pipeline = load_pipeline(spec, self._device, self._dtype)
-        batch_sizes = _padded_sizes(spec) if self._device.type == "cuda" else None
-        return ModelRunner(pipeline, batch_sizes, self.metrics.observe_prompts)
+        padded = batch_sizes(spec, self._device) if self._device.type == "cuda" else None
+        return ModelRunner(pipeline, padded, self.metrics.observe_prompts)
 
-    def _warm_up(self, engine: Engine, spec: ModelSpec) -> WarmModel:
-        warm_model = warm_up(engine, spec.name, lambda detail: self._report(spec.name, f"warming {detail}"))
-        self.metrics.warm.labels(spec.name).set(1)
+    def _warm_up(self, engine: Engine, model: str) -> WarmModel:
+        warm_model = warm_up(engine, model, lambda detail: self._report(model, f"warming {detail}"))
+        self.metrics.warm.labels(model).set(1)
         return warm_model
 
     def _report(self, model: str, detail: str) -> None:
@@ -236,9 +237,9 @@ class Worker:
 
     async def _reclaim(self) -> None:
         await asyncio.sleep(self.settings.lease_s / 2 * random.uniform(0.8, 1.2))
-        for spec in self._specs:
+        for name in self._specs:
             if room := self._holdings.room:
-                await self._take(await self._broker.reclaim(self.worker_id, spec.name, self.settings.lease_s, room))
+                await self._take(await self._broker.reclaim(self.worker_id, name, self.settings.lease_s, room))
 
     async def _take(self, deliveries: list[Delivery]) -> None:
         """Gives the engine what fits. The queue counts requests and the engine rows: what is too much goes back."""
@@ -310,7 +311,8 @@ class Worker:
     @property
     def max_step_s(self) -> float:
         """What takes longer is a hang: never less than several times the slowest step and decode that warm-up saw."""
-        slowest_ms = [max(warm.step_ms.values()) + max(warm.decode_ms.values()) for warm in self._warm_models]
+        measured = [costs for warm in self._warm_models for costs in warm.sizes]
+        slowest_ms = [max(costs.step_ms.values()) + max(costs.decode_ms.values()) for costs in measured]
         return max(self.settings.max_stall_s, STALL_FACTOR * max(slowest_ms, default=0.0) / 1000)
 
     async def _heartbeat(self) -> None:
@@ -337,10 +339,6 @@ class Worker:
     def _renewable(self) -> list[str]:
         """What this worker still works on; nothing when the engine hangs, so that others may take it over."""
         return [] if self._is_hung() else self._holdings.request_ids
-
-
-def _padded_sizes(spec: ModelSpec) -> list[int]:
-    return [size for size in GPU_BATCH_SIZES if size < spec.max_batch_size] + [spec.max_batch_size]
 
 
 def place(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:

@@ -96,7 +96,7 @@ def make_job(
         gateway_id=gateway.replies.gateway_id,
         keep_s=settings.keep_async_s if preference.is_async else settings.keep_sync_s,
         deadline_ms=body.deadline_ms,
-        warnings=find_warnings(params),
+        warnings=find_warnings(params, spec),
         traceparent=traceparent,
     )
 

@@ -6,8 +6,8 @@ from fastapi import APIRouter
 
 from app.admission import find_warm
 from app.dependencies import GatewayDep
-from app.schemas import ErrorBody, Limit, ModelCard, ModelList, WorkerCosts
-from broker.messages import WarmModel, WorkerInfo
+from app.schemas import ErrorBody, Limit, ModelCard, ModelList, SizeCard, WorkerCosts
+from broker.messages import SizeCosts, WarmModel, WorkerInfo
 from models.catalog import ModelSpec
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses={"default": {"model": ErrorBody}})
@@ -57,10 +57,18 @@ def show_worker(worker: WorkerInfo, model: WarmModel) -> WorkerCosts:
         device=worker.device,
         dtype=worker.dtype,
         revision=model.revision,
-        sizes=[f"{width}x{height}" for width, height in model.sizes],
         max_batch_size=model.max_batch_size,
         num_running=worker.num_running,
         text_ms=model.text_ms,
-        step_ms=model.step_ms,
-        decode_ms=model.decode_ms,
+        sizes=[show_size(costs) for costs in model.sizes],
+    )
+
+
+def show_size(costs: SizeCosts) -> SizeCard:
+    return SizeCard(
+        size=f"{costs.width}x{costs.height}",
+        max_rows=costs.max_rows,
+        step_ms=costs.step_ms,
+        decode_ms=costs.decode_ms,
+        preview_ms=costs.preview_ms,
     )

@@ -63,7 +63,7 @@ async def create_image(
         owner=owner,
         gateway_id=gateway.replies.gateway_id,
         keep_s=gateway.settings.keep_sync_s,
-        warnings=find_warnings(params),
+        warnings=find_warnings(params, spec),
         traceparent=traceparent,
     )
     if body.stream:

@@ -27,10 +27,10 @@ from broker.messages import (
     Superseded,
     TerminalEvent,
     Timings,
-    WarmModel,
     WorkerInfo,
 )
 from broker.redis_broker import RedisBroker
+from tests.jobs import make_warm
 
 MODEL = "mini-lcm"
 
@@ -83,9 +83,7 @@ class Painter:
             return []
 
     async def register(self, state: Any = "ready", detail: str = "") -> None:
-        costs = {1: 10.0, 8: 40.0}
-        warm = WarmModel(self.model, "1", ((64, 64),), self.max_batch_size, 1.0, costs, costs)
-        models = (warm,) if state == "ready" else ()
+        models = (make_warm(self.model, max_rows=self.max_batch_size),) if state == "ready" else ()
         await self._broker.register(WorkerInfo(self.worker_id, state, "cpu", "float32", models, 0, detail), ttl_s=60)
 
     async def unregister(self) -> None:

@@ -15,8 +15,9 @@ from app.admission import (
 )
 from app.errors import InvalidRequest
 from app.schemas import GenerationFields
-from broker.messages import MAX_SEED, WarmModel, WorkerInfo
+from broker.messages import MAX_SEED, WorkerInfo
 from models.catalog import ModelSpec, load_catalog
+from tests.jobs import make_warm
 
 DEFAULTS = Defaults(output_format="jpeg")
 
@@ -102,13 +103,13 @@ def test_decoders(spec: ModelSpec) -> None:
 
 
 def test_a_negative_prompt_without_guidance_is_told(spec: ModelSpec) -> None:
-    assert "no effect" in find_warnings(complete(fields(negative_prompt="blur"), spec, DEFAULTS))[0]
-    assert not find_warnings(complete(fields(negative_prompt="blur", guidance_scale=2), spec, DEFAULTS))
-    assert not find_warnings(complete(fields(negative_prompt=""), spec, DEFAULTS))
+    assert "no effect" in find_warnings(complete(fields(negative_prompt="blur"), spec, DEFAULTS), spec)[0]
+    assert not find_warnings(complete(fields(negative_prompt="blur", guidance_scale=2), spec, DEFAULTS), spec)
+    assert not find_warnings(complete(fields(negative_prompt=""), spec, DEFAULTS), spec)
 
 
 def worker(num_running: int = 0, model: str = "mini-lcm", state: Any = "ready") -> WorkerInfo:
-    warm = WarmModel(model, "1", ((64, 64),), 8, 1.0, {1: 10.0, 8: 40.0}, {1: 4.0, 8: 16.0})
+    warm = make_warm(model)
     return WorkerInfo("w", state, "cpu", "float32", (warm,), num_running)
 
 

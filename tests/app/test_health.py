@@ -57,7 +57,8 @@ async def test_models(api: Api) -> None:
     assert card["license"] == "Apache-2.0"
     assert card["example_prompts"]
     [worker] = card["workers"]
-    assert worker["step_ms"] == {"1": 10.0, "8": 40.0}
+    [costs] = worker["sizes"]
+    assert (costs["size"], costs["max_rows"], costs["step_ms"]) == ("64x64", 8, {"1": 10.0, "8": 40.0})
     assert models["data"][1]["ready"] is False
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from broker.messages import Abort, Failed, WarmModel, WorkerInfo
+from broker.messages import Abort, Failed, WorkerInfo
 from broker.redis_broker import RedisBroker
 from broker.renewal import LeaseRenewer
 from tests.broker.helpers import (
@@ -31,6 +31,7 @@ from tests.broker.helpers import (
     run_all,
     submit_all,
 )
+from tests.jobs import make_warm
 
 LEASE_S = 0.03
 
@@ -196,7 +197,7 @@ async def test_consumers_go_only_without_pending_entries(broker: RedisBroker, re
 
 
 async def test_workers_are_listed_as_long_as_their_hearts_beat(broker: RedisBroker, redis: Redis, prefix: str) -> None:
-    warm = WarmModel(MODEL, "1", ((32, 32),), 8, text_ms=1.5, step_ms={1: 2.0, 8: 3.5}, decode_ms={1: 1.0})
+    warm = make_warm(MODEL)
     short = WorkerInfo("short", "starting", "cpu", "float32")
     long = WorkerInfo("long", "ready", "cuda:0", "float16", (warm,), num_running=3, detail="H200")
     await broker.register(short, ttl_s=0.1)

@@ -19,11 +19,11 @@ from PIL import Image
 
 from broker.embedded import EmbeddedRedis
 from broker.errors import RequestNotFound
-from broker.messages import Cancelled, Completed, Failed, Job, JobEvent, Preview, Started, TerminalEvent, WarmModel
+from broker.messages import Cancelled, Completed, Failed, Job, JobEvent, Preview, Started, TerminalEvent
 from broker.redis_broker import Limits, RedisBroker
 from broker.settings import SettingsError
 from models.loading import LoadError
-from tests.jobs import make_job
+from tests.jobs import make_job, make_warm
 from tests.service import spawn
 from tests.small_models import write_small_catalog
 from workers.settings import WorkerSettings
@@ -110,7 +110,7 @@ async def test_warmth_is_shown_in_the_registry_and_ends_with_the_worker(
     async with running(settings, broker):
         (info,) = await broker.workers()
         assert [warm.model for warm in info.warm_models] == ["small"]
-        assert list(info.warm_models[0].step_ms) == [1, 2, 4, 8]
+        assert list(info.warm_models[0].sizes[0].step_ms) == [1, 2, 4, 8]
     assert await broker.workers() == []
 
 
@@ -318,8 +318,7 @@ async def test_redis_is_away_for_a_moment(tmp_path: Path, catalog: Path, prefix:
 def test_a_slow_model_is_not_taken_for_a_hang(settings: WorkerSettings) -> None:
     worker = Worker(settings)
     assert worker.max_step_s == settings.max_stall_s
-    slow = WarmModel("small", "1", ((32, 32),), 8, 1.0, {1: 1000.0, 8: 30_000.0}, {1: 2000.0, 8: 10_000.0})
-    worker._warm_models = (slow,)
+    worker._warm_models = (make_warm(step_ms={1: 1000.0, 8: 30_000.0}, decode_ms={1: 2000.0, 8: 10_000.0}),)
     assert worker.max_step_s == 200.0
 
 

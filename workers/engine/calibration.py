@@ -1,20 +1,24 @@
-"""Warm means proven: real generations at every batch size, which also give the cost table."""
+"""Warm means proven: real generations at every size and batch size, which also give the cost table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from statistics import median
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from broker.messages import Delivery, Job, SamplingParams, WarmModel
+from broker.messages import Delivery, Job, SamplingParams, SizeCosts, WarmModel
 from models.catalog import ModelSpec, Size
+from workers.engine.decoding import decoder_for
 from workers.engine.engine import Engine, run_until_done
 from workers.engine.outputs import Finished, GenerationFailed, PreviewReady
 from workers.engine.request import RequestState
 
-NUM_STEPS = 2
+CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+NUM_STEPS = 3
+# A larger batch must be cheaper per row by this much: measured times are never exact, and each row waits for all.
+WORTHWHILE = 0.02
 Progress = Callable[[str], None]
 
 
@@ -22,36 +26,56 @@ class WarmUpError(Exception):
     """A model whose warm-up gave no sound picture: it must not serve."""
 
 
-def batch_sizes(max_batch_size: int) -> list[int]:
-    """Powers of two up to the maximum, and the maximum."""
-    powers = [2**i for i in range(max_batch_size.bit_length()) if 2**i < max_batch_size]
-    return [*powers, max_batch_size]
-
-
 def warm_up(engine: Engine, model: str, report: Progress = lambda _: None) -> WarmModel:
-    """Proves `model` at each of its warm sizes and batch sizes. Raises WarmUpError when a picture isn't sound."""
-    spec = engine.runners[model].pipeline.spec
-    sizes = batch_sizes(spec.max_batch_size)
-    costs: dict[int, list[RequestState]] = {}
-    for size in spec.warm_sizes:
-        for num_rows in sizes:
-            report(f"{size[0]}x{size[1]}, batch {num_rows}")
-            _generate(engine, spec, size, num_rows, previews=True)  # pays for allocations and compilations
-            costs.setdefault(num_rows, _generate(engine, spec, size, num_rows))
-    return WarmModel(
-        model=model,
-        revision=spec.public_revision,
-        sizes=tuple(spec.warm_sizes),
-        max_batch_size=spec.max_batch_size,
-        text_ms=_text_ms(engine, spec),
-        step_ms={n: round(median(ms for r in requests for ms in r.steps_ms), 3) for n, requests in costs.items()},
-        decode_ms={n: round(median(r.decode_ms for r in requests), 3) for n, requests in costs.items()},
-    )
+    """Proves `model` at each of its warm sizes and batch sizes, and lets its runner go by what that cost.
+
+    Raises WarmUpError when a picture isn't sound.
+    """
+    runner = engine.runners[model]
+    spec = runner.pipeline.spec
+    runner.warm_model = None
+    rows = batch_sizes(spec, runner.pipeline.device)
+    sizes = tuple(_measure_size(engine, spec, size, rows, report) for size in spec.warm_sizes)
+    runner.warm_model = WarmModel(spec.name, spec.public_revision, spec.max_batch_size, _text_ms(engine, spec), sizes)
+    return runner.warm_model
 
 
-def num_warm_ups(spec: ModelSpec) -> int:
+def batch_sizes(spec: ModelSpec, device: torch.device) -> list[int]:
+    """The row counts that are measured, up to the model's maximum; a GPU runs at no others."""
+    sizes = GPU_BATCH_SIZES if device.type == "cuda" else CPU_BATCH_SIZES
+    return [size for size in sizes if size < spec.max_batch_size] + [spec.max_batch_size]
+
+
+def num_warm_ups(spec: ModelSpec, device: torch.device) -> int:
     """How often `warm_up` reports."""
-    return len(spec.warm_sizes) * len(batch_sizes(spec.max_batch_size))
+    return len(spec.warm_sizes) * len(batch_sizes(spec, device))
+
+
+def useful_rows(step_ms: Mapping[int, float]) -> int:
+    """Where a batch should stop to grow.
+
+    One more row makes the n others wait s(n+1) - s(n) longer each step, and spares whoever waits for it a step of
+    s(n). That pays as long as the time per row still falls.
+    """
+    rows = sorted(step_ms)
+    best = rows[0]
+    for larger in rows[1:]:
+        if step_ms[larger] / larger < (1 - WORTHWHILE) * step_ms[best] / best:
+            best = larger
+    return best
+
+
+def _measure_size(engine: Engine, spec: ModelSpec, size: Size, rows: Sequence[int], report: Progress) -> SizeCosts:
+    step_ms, decode_ms, preview_ms = {}, {}, {}
+    for num_rows in rows:
+        report(f"{size[0]}x{size[1]}, batch {num_rows}")
+        _generate(engine, spec, size, num_rows, previews=True)  # pays for allocations and recordings
+        finished = _generate(engine, spec, size, num_rows)
+        # The fastest: what other work on the machine adds isn't the model's.
+        step_ms[num_rows] = round(min(ms for request in finished for ms in request.steps_ms), 3)
+        decode_ms[num_rows] = round(min(request.decode_ms for request in finished), 3)
+        preview_ms[num_rows] = round(_preview_ms(engine, spec, size, num_rows), 3)
+    return SizeCosts(*size, useful_rows(step_ms), step_ms, decode_ms, preview_ms)
 
 
 def _generate(
@@ -67,6 +91,15 @@ def _generate(
         if isinstance(output, Finished | PreviewReady):
             _check_picture(spec, output)
     return [output.request for output in outputs if isinstance(output, Finished)]
+
+
+def _preview_ms(engine: Engine, spec: ModelSpec, size: Size, num_rows: int) -> float:
+    """What previews add to a step: decoding `num_rows` pictures by the decoder that previews use."""
+    pipeline = engine.runners[spec.name].pipeline
+    latents = torch.randn(num_rows, *pipeline.latent_shape(*size)).to(pipeline.device)
+    with torch.inference_mode():
+        pending = [decoder_for(pipeline.device).start(pipeline.preview, [latents]) for _ in range(2)]
+    return min(pixels.collect()[1] for (pixels,) in pending)
 
 
 def _check_picture(spec: ModelSpec, output: Finished | PreviewReady) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from broker.messages import Abort, Delivery
-from workers.engine.outputs import Aborted, EngineOutput, Finished, GenerationFailed
+from workers.engine.outputs import Aborted, EngineOutput, GenerationFailed
 from workers.engine.request import RequestState
-from workers.engine.runner import ModelRunner
+from workers.engine.runner import Decoding, ModelRunner
 from workers.engine.scheduler import Batch, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -22,66 +22,86 @@ NEWER_WITHIN_MS = 300
 class Engine:
     """Runs requests of several warm models. Not thread-safe: it belongs to the thread that owns the device.
 
-    `observe_step(num_rows, seconds)` hears of every batch that took a step.
+    `observe_step(model, num_rows, seconds)` hears of every batch that took a step.
     """
 
     def __init__(
-        self, runners: Mapping[str, ModelRunner], observe_step: Callable[[int, float], None] = lambda *_: None
+        self, runners: Mapping[str, ModelRunner], observe_step: Callable[[str, int, float], None] = lambda *_: None
     ) -> None:
         self.runners = dict(runners)
         self._observe_step = observe_step
         self._scheduler: Scheduler[RequestState] = Scheduler(
-            {name: runner.pipeline.spec.max_batch_size for name, runner in runners.items()}
+            lambda request: self.runners[request.model].max_rows(request.size)
         )
+        self._decodings: list[Decoding] = []
 
     def add(self, delivery: Delivery) -> None:
         """Queues a request; it joins its group's batch at the next step with room."""
-        self._scheduler.add(RequestState(delivery, is_alone=delivery.is_last_attempt))
+        spec = self.runners[delivery.job.model].pipeline.spec
+        self._scheduler.add(RequestState(delivery, spec, is_alone=delivery.is_last_attempt))
 
-    def abort(self, abort: Abort) -> None:
-        """Stops a request at the next step boundary. Unknown requests are ignored: they have just ended."""
+    def abort(self, abort: Abort, asked_s: float | None = None) -> None:
+        """Stops a request at the next step boundary; `asked_s` is when somebody wished so. Unknown requests are
+        ignored: they have just ended."""
         for request in self._scheduler.requests:
             if request.request_id == abort.request_id and (
                 abort.reason != "newer" or _is_worth_stopping(request, abort)
             ):
                 request.abort = abort
+                request.asked_to_stop_s = time.perf_counter() if asked_s is None else asked_s
 
     @property
     def has_work(self) -> bool:
-        return bool(self._scheduler.requests)
+        return bool(self._scheduler.requests or self._decodings)
 
     @torch.inference_mode()
     def step(self) -> list[EngineOutput]:
-        """Stops what was aborted, runs one step of the next batch, decodes what has finished."""
-        outputs = self._stop_aborted()
+        """Stops what nobody wants any more, runs one step of the next batch, hands out the pictures that are ready."""
+        outputs = self._stop_unwanted()
         batch = self._scheduler.schedule()
-        if batch is None:
-            return outputs
-        try:
-            outputs += self._run(batch)
-        except Exception as error:  # noqa: BLE001 - whatever one request's computation raises, the others go on
-            outputs += self._isolate(batch, error)
-        return outputs
+        if batch is not None:
+            try:
+                self._run(batch)
+            except Exception as error:  # noqa: BLE001 - whatever one request's computation raises, the others go on
+                outputs += self._isolate(batch, error)
+        return outputs + self._collect(may_wait=batch is None)
 
-    def _run(self, batch: Batch[RequestState]) -> list[EngineOutput]:
+    def _run(self, batch: Batch[RequestState]) -> None:
         runner = self.runners[batch.requests[0].model]
         if batch.admitted:
             runner.prepare(batch.admitted)
         started_s = time.perf_counter()
-        outputs: list[EngineOutput] = [*runner.step(batch.requests)]
-        self._observe_step(sum(request.num_rows for request in batch.requests), time.perf_counter() - started_s)
+        previews = runner.step(batch.requests)
+        num_rows = sum(request.num_rows for request in batch.requests)
+        self._observe_step(batch.requests[0].model, num_rows, time.perf_counter() - started_s)
         finished = [request for request in batch.requests if request.is_finished]
-        if finished:
-            outputs += [Finished(*pair) for pair in zip(finished, runner.decode(finished), strict=True)]
+        self._decodings += previews + runner.decode(finished)
         for request in finished:
             self._scheduler.remove(request)
+
+    def _collect(self, *, may_wait: bool) -> list[EngineOutput]:
+        """Pictures that are ready; the oldest in any case, where the device has nothing better to do."""
+        decodings, self._decodings = self._decodings, []
+        outputs: list[EngineOutput] = []
+        for decoding in decodings:
+            if decoding.is_ready() or (may_wait and not outputs):
+                outputs.append(decoding.output())
+            else:
+                self._decodings.append(decoding)
         return outputs
 
-    def _stop_aborted(self) -> list[EngineOutput]:
-        stopped = [(request, request.abort) for request in self._scheduler.requests if request.abort is not None]
-        for request, _ in stopped:
-            self._scheduler.remove(request)
-        return [Aborted(request, abort.reason) for request, abort in stopped]
+    def _stop_unwanted(self) -> list[EngineOutput]:
+        now_s = time.perf_counter()
+        outputs: list[EngineOutput] = []
+        for request in self._scheduler.requests:
+            if request.abort is not None:
+                outputs.append(Aborted(request, request.abort.reason))
+            elif now_s >= request.expires_s:
+                request.asked_to_stop_s = request.expires_s
+                outputs.append(Aborted(request, "expired"))
+        for output in outputs:
+            self._scheduler.remove(output.request)
+        return outputs
 
     def _isolate(self, batch: Batch[RequestState], error: Exception) -> list[EngineOutput]:
         """A failed batch doesn't tell who is to blame: each request runs again by itself; who fails alone failed."""
@@ -92,7 +112,7 @@ class Engine:
             logger.error("request %s failed: %r", request.request_id, error)
             return [GenerationFailed(request, error)]
         logger.warning("a batch of %d failed (%r): its requests run again one by one", len(batch.requests), error)
-        for request in reversed(batch.requests):
+        for request in batch.requests:
             request.restart()
             request.is_alone = True
             self._scheduler.put_back(request)

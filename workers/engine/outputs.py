@@ -33,7 +33,12 @@ class Aborted:
     """A request that was stopped at a step boundary."""
 
     request: RequestState
-    reason: Literal["cancelled", "newer", "lost"]
+    reason: Literal["cancelled", "newer", "lost", "expired"]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a step was computed for it after somebody wished to stop it: the one that was under way."""
+        return bool(self.request.steps_ms) and self.request.denoised_s > self.request.asked_to_stop_s
 
 
 @dataclass(frozen=True, slots=True)

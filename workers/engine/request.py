@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -10,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from broker.messages import Abort, Delivery, SamplingParams
+from broker.messages import Abort, Delivery, Lane, SamplingParams
+from models.catalog import ModelSpec, Size
 from models.pipeline import Conditioning
 from models.schedules import Schedule
+
+# How long a request of each lane may take before the scheduler calls it late.
+PATIENCE_S: dict[Lane, float] = {"live": 0.2, "api": 1.0}
 
 
 @dataclass(slots=True)
@@ -38,6 +43,10 @@ class Denoising:
     @property
     def num_steps(self) -> int:
         return len(self.schedule.timesteps)
+
+    @property
+    def is_at_last_step(self) -> bool:
+        return self.step_index == self.num_steps - 1
 
     @property
     def conditionings(self) -> list[Conditioning]:
@@ -69,17 +78,23 @@ class Denoising:
 
 @dataclass(slots=True, eq=False)
 class RequestState:
-    """One request from its arrival in the engine to its pixels. Times are `time.perf_counter()` seconds."""
+    """One request from its arrival in the engine to its pixels. Times are `time.perf_counter()` seconds.
+
+    `asked_to_stop_s` is when its abort arrived, which may be in the middle of a step.
+    """
 
     delivery: Delivery
+    spec: ModelSpec
     is_alone: bool = False
     abort: Abort | None = None
+    asked_to_stop_s: float = 0.0
     denoising: Denoising | None = None
     arrived_s: float = field(default_factory=time.perf_counter)
     joined_s: float = 0.0
     text_ms: float = 0.0
     decode_ms: float = 0.0
     denoised_s: float = 0.0
+    num_previews: int = 0
     steps_ms: list[float] = field(default_factory=list)
 
     @property
@@ -95,19 +110,37 @@ class RequestState:
         return self.delivery.job.params
 
     @property
+    def size(self) -> Size:
+        return self.params.width, self.params.height
+
+    @property
     def is_guided(self) -> bool:
-        """Up to a scale of 1 there is no classifier-free guidance, so no second row."""
-        return self.params.guidance_scale > 1
+        return self.spec.is_guided(self.params.guidance_scale)
 
     @property
     def num_rows(self) -> int:
-        return self.params.num_images * (2 if self.is_guided else 1)
+        return self.spec.num_rows(self.params.num_images, self.params.guidance_scale)
 
     @property
     def group(self) -> Hashable:
         """Requests of one group can share a forward pass."""
         alone = self.request_id if self.is_alone else None
-        return self.model, self.params.height, self.params.width, self.params.loras, alone
+        return self.model, self.size, self.params.loras, alone
+
+    @property
+    def submitted_s(self) -> float:
+        return self.arrived_s - self.delivery.waited_ms / 1000
+
+    @property
+    def expires_s(self) -> float:
+        """When its caller has no use for it any more; never, where no deadline was given."""
+        deadline_ms = self.delivery.job.deadline_ms
+        return math.inf if deadline_ms is None else self.submitted_s + deadline_ms / 1000
+
+    @property
+    def due_s(self) -> float:
+        """What the scheduler goes by. It never moves: one day this request is the most urgent."""
+        return min(self.expires_s, self.submitted_s + PATIENCE_S[self.delivery.job.lane])
 
     @property
     def step_index(self) -> int:
@@ -119,8 +152,8 @@ class RequestState:
 
     @property
     def wants_preview(self) -> bool:
-        """A finished request needs none: its picture is on the way."""
-        return self.params.previews and not self.is_finished
+        """After the coming step. The last one needs none: the picture itself is on the way."""
+        return self.params.previews and self.denoising is not None and not self.denoising.is_at_last_step
 
     def restart(self) -> None:
         """Forget everything computed so far: the same seed will draw the same noise again."""

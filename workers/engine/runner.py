@@ -5,22 +5,49 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from broker.messages import WarmModel
+from models.catalog import Size
 from models.pipeline import Conditioning, FewStepPipeline
 from models.schedules import predict_x0
-from workers.engine.outputs import Pixels, PreviewReady
+from workers.engine.decoding import PendingPixels, decoder_for
+from workers.engine.outputs import Finished, PreviewReady
+from workers.engine.previews import PreviewBudget
 from workers.engine.request import Denoising, RequestState
 
 MAX_CACHED_PROMPTS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """Pictures of one request on their way: those after step `preview_step`, or its final ones."""
+
+    request: RequestState
+    pixels: PendingPixels
+    preview_step: int | None = None
+
+    def is_ready(self) -> bool:
+        return self.pixels.is_ready()
+
+    def output(self) -> PreviewReady | Finished:
+        """Waits where the pixels aren't ready."""
+        pixels, decode_ms = self.pixels.collect()
+        if self.preview_step is not None:
+            return PreviewReady(self.request, self.preview_step, pixels)
+        self.request.decode_ms = decode_ms
+        return Finished(self.request, pixels)
+
+
 class ModelRunner:
     """One warm model. `batch_sizes` are the row counts its network runs at (None: any); others are padded up to one.
 
-    `observe_prompts(hits, misses)` hears how many prompts of each new batch were already encoded.
+    `warm_model` is what warm-up measured. `observe_prompts(hits, misses)` hears how many prompts of each new batch
+    were already encoded.
     """
 
     def __init__(
@@ -30,9 +57,19 @@ class ModelRunner:
         observe_prompts: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
         self.pipeline = pipeline
-        self._batch_sizes = batch_sizes
+        self.batch_sizes = batch_sizes
+        self.warm_model: WarmModel | None = None
         self._observe_prompts = observe_prompts
         self._prompts: OrderedDict[str | None, Conditioning] = OrderedDict()
+        self._decoder = decoder_for(pipeline.device)
+        self._previews = PreviewBudget()
+        self._last_step: Any = None  # a torch.cuda.Event
+
+    def max_rows(self, size: Size) -> int:
+        """How far a batch of this size may grow."""
+        if self.warm_model is None:
+            return self.pipeline.spec.max_batch_size
+        return self.warm_model.find_costs(*size).max_rows
 
     def prepare(self, requests: Sequence[RequestState]) -> None:
         """Encodes the prompts of new requests in one batch and draws the noise of each."""
@@ -45,37 +82,34 @@ class ModelRunner:
         while len(self._prompts) > MAX_CACHED_PROMPTS:
             self._prompts.popitem(last=False)
 
-    def step(self, requests: Sequence[RequestState]) -> list[PreviewReady]:
-        """One denoising step of every request, in one forward pass."""
+    def step(self, requests: Sequence[RequestState]) -> list[Decoding]:
+        """One denoising step of every request, in one forward pass. Returns the previews that it started."""
         started_s = time.perf_counter()
         states = [_denoising(request) for request in requests]
         inputs = [state.model_input() for state in states]
         outputs = self._predict(states, inputs)
-        wanted: list[tuple[RequestState, Tensor]] = []
+        previewed = self._choose_previews(requests)
+        x0s: list[Tensor] = []
         for request, state, model_input, output in zip(requests, states, inputs, outputs, strict=True):
             model_output, timestep = state.guide(output), state.timestep
             state.advance(model_output)
-            if request.wants_preview:
-                wanted.append((request, predict_x0(state.schedule, model_output, timestep, model_input)))
+            if request in previewed:
+                x0s.append(predict_x0(state.schedule, model_output, timestep, model_input))
+        self._keep_pace()
         for request in requests:
             request.steps_ms.append(_ms_since(started_s))
             request.denoised_s = time.perf_counter()
-        return self._preview(wanted)
+        return self._preview(previewed, x0s)
 
-    def decode(self, requests: Sequence[RequestState]) -> list[Pixels]:
-        """The pixels of finished requests, by the decoder each one asked for."""
-        decoders = {"full": self.pipeline.decode, "tiny": self.pipeline.preview}
-        pixels: dict[str, Pixels] = {}
-        for name, decode in decoders.items():
+    def decode(self, requests: Sequence[RequestState]) -> list[Decoding]:
+        """Starts to decode finished requests, each by the decoder that it asked for."""
+        decodings: list[Decoding] = []
+        for name, decode in (("full", self.pipeline.decode), ("tiny", self.pipeline.preview)):
             chosen = [request for request in requests if request.params.decoder == name]
-            if not chosen:
-                continue
-            started_s = time.perf_counter()
-            decoded = decode(torch.cat([_denoising(request).latents for request in chosen])).cpu()
-            for request, part in zip(chosen, _split(decoded, chosen), strict=True):
-                request.decode_ms = _ms_since(started_s)
-                pixels[request.request_id] = part.numpy()
-        return [pixels[request.request_id] for request in requests]
+            if chosen:
+                pending = self._decoder.start(decode, [_denoising(request).latents for request in chosen])
+                decodings += [Decoding(*pair) for pair in zip(chosen, pending, strict=True)]
+        return decodings
 
     def _encode(self, texts: Collection[str | None]) -> None:
         missing = [text for text in texts if text not in self._prompts]
@@ -94,7 +128,7 @@ class ModelRunner:
         shape = self.pipeline.latent_shape(params.width, params.height)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return Denoising(
-            latents=noise.to(self.pipeline.device) * schedule.init_noise_sigma,
+            latents=self._to_device(noise) * schedule.init_noise_sigma,
             schedule=schedule,
             step_arguments=factory.step_arguments | ({"generator": generators} if factory.takes_generator else {}),
             conditioning=self._prompts[params.prompt],
@@ -105,31 +139,54 @@ class ModelRunner:
     def _predict(self, states: Sequence[Denoising], inputs: Sequence[Tensor]) -> list[Tensor]:
         rows = [state.repeat_for_guidance(model_input) for state, model_input in zip(states, inputs, strict=True)]
         conditionings = [conditioning for state in states for conditioning in state.conditionings]
-        timesteps = torch.cat(
-            [state.timestep.float().expand(len(row)) for state, row in zip(states, rows, strict=True)]
-        )
-        latents = torch.cat(rows)
+        numbers = [
+            torch.tensor([[float(state.timestep)], [state.guidance_scale]]).expand(2, len(row))
+            for state, row in zip(states, rows, strict=True)
+        ]
+        latents, timesteps_and_scales = torch.cat(rows), torch.cat(numbers, dim=1)
         padding = self._padding(len(latents))
         if padding:
             latents = torch.cat([latents, latents[-1:].expand(padding, -1, -1, -1)])
-            timesteps = torch.cat([timesteps, timesteps[-1:].expand(padding)])
+            timesteps_and_scales = torch.nn.functional.pad(timesteps_and_scales, (0, padding), mode="replicate")
             conditionings += conditionings[-1:] * padding
-        output = self.pipeline.predict(latents, timesteps.to(latents.device), conditionings)
+        timesteps, guidance_scales = self._to_device(timesteps_and_scales)
+        output = self.pipeline.predict(latents, timesteps, conditionings, guidance_scales)
         return list(torch.split(output[: len(output) - padding], [len(row) for row in rows]))
 
     def _padding(self, num_rows: int) -> int:
-        if self._batch_sizes is None:
+        if self.batch_sizes is None:
             return 0
-        return min((size for size in self._batch_sizes if size >= num_rows), default=num_rows) - num_rows
+        return min((size for size in self.batch_sizes if size >= num_rows), default=num_rows) - num_rows
 
-    def _preview(self, wanted: Sequence[tuple[RequestState, Tensor]]) -> list[PreviewReady]:
-        if not wanted:
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """Without making the host wait for what the GPU still computes."""
+        if self.pipeline.device.type != "cuda":
+            return tensor
+        return tensor.contiguous().pin_memory().to(self.pipeline.device, non_blocking=True)
+
+    def _keep_pace(self) -> None:
+        """Lets the host prepare the next step while a GPU computes this one, but run no further ahead: a stop would
+        come late, and the measured time of a step would be that of its launch."""
+        if self.pipeline.device.type != "cuda":
+            return
+        before, self._last_step = self._last_step, cast(Any, torch.cuda.Event)()
+        self._last_step.record()
+        if before is not None:
+            before.synchronize()
+
+    def _choose_previews(self, requests: Sequence[RequestState]) -> list[RequestState]:
+        wanted = [request for request in requests if request.wants_preview]
+        if not wanted or self.warm_model is None:
+            return wanted
+        costs = self.warm_model.find_costs(*requests[0].size)
+        return self._previews.choose(wanted, costs, sum(request.num_rows for request in requests))
+
+    def _preview(self, requests: Sequence[RequestState], x0s: Sequence[Tensor]) -> list[Decoding]:
+        if not requests:
             return []
-        requests = [request for request, _ in wanted]
-        pixels = self.pipeline.preview(torch.cat([x0 for _, x0 in wanted])).cpu()
+        pending = self._decoder.start(self.pipeline.preview, x0s)
         return [
-            PreviewReady(request, request.step_index, part.numpy())
-            for request, part in zip(requests, _split(pixels, requests), strict=True)
+            Decoding(request, pixels, request.step_index) for request, pixels in zip(requests, pending, strict=True)
         ]
 
 
@@ -140,11 +197,6 @@ def _texts(request: RequestState) -> list[str | None]:
 def _denoising(request: RequestState) -> Denoising:
     assert request.denoising is not None, f"{request.request_id} was not prepared"
     return request.denoising
-
-
-def _split(pixels: Tensor, requests: Sequence[RequestState]) -> tuple[Tensor, ...]:
-    sizes = [request.params.num_images for request in requests]
-    return torch.split(pixels, sizes)
 
 
 def _ms_since(started_s: float) -> float:

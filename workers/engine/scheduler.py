@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 
@@ -12,11 +11,11 @@ class Schedulable(Protocol):
     """What the scheduler needs to know of a request."""
 
     @property
-    def model(self) -> str: ...
-    @property
     def group(self) -> Hashable: ...
     @property
     def num_rows(self) -> int: ...
+    @property
+    def due_s(self) -> float: ...
 
 
 R = TypeVar("R", bound=Schedulable)
@@ -32,14 +31,15 @@ class Batch(Generic[R]):
 
 class Scheduler(Generic[R]):
     """Two rooms: `waiting` and `running`. A request enters the running batch of its group at any step, as soon as
-    its rows fit under `max_rows` of its model; groups take turns, step by step."""
+    its rows fit under `max_rows(request)`. Of several groups (models, sizes) the one with the most urgent request runs.
 
-    def __init__(self, max_rows: Mapping[str, int]) -> None:
-        self.max_rows = dict(max_rows)
+    Nobody starves: a request's due time never moves, and what comes later is due later.
+    """
+
+    def __init__(self, max_rows: Callable[[R], int]) -> None:
+        self._max_rows = max_rows
         self.waiting: list[R] = []
         self.running: list[R] = []
-        self._turn = count(1)
-        self._last_turn: dict[Hashable, int] = {}
 
     def add(self, request: R) -> None:
         self.waiting.append(request)
@@ -51,35 +51,37 @@ class Scheduler(Generic[R]):
                 room.remove(request)
 
     def put_back(self, request: R) -> None:
-        """Sends a running request to the head of the waiting room."""
+        """Sends a running request to the waiting room."""
         self.remove(request)
-        self.waiting.insert(0, request)
+        self.waiting.append(request)
 
     @property
     def requests(self) -> list[R]:
         return self.running + self.waiting
 
     def schedule(self) -> Batch[R] | None:
-        """The next step's batch, of the group that has waited longest for a turn; None when there is no work."""
+        """The next step's batch; None when there is no work."""
         if not self.requests:
             return None
-        groups = {request.group for request in self.requests}
-        self._last_turn = {group: self._last_turn.get(group, 0) for group in groups}
-        group = min((request.group for request in self.requests), key=self._last_turn.__getitem__)
-        self._last_turn[group] = next(self._turn)
+        group = min(self.requests, key=_due).group
         running = [request for request in self.running if request.group == group]
         admitted = self._admit(group, sum(request.num_rows for request in running))
         return Batch((*running, *admitted), tuple(admitted))
 
     def _admit(self, group: Hashable, num_rows: int) -> list[R]:
+        """The most urgent first. Who doesn't fit is not overtaken by narrower ones."""
         admitted: list[R] = []
-        for request in [request for request in self.waiting if request.group == group]:
+        for request in sorted((request for request in self.waiting if request.group == group), key=_due):
             num_rows += request.num_rows
             is_alone = num_rows == request.num_rows  # wider than any batch, it must still go through
-            if num_rows > self.max_rows[request.model] and not is_alone:
+            if num_rows > self._max_rows(request) and not is_alone:
                 break
             admitted.append(request)
         for request in admitted:
             self.waiting.remove(request)
         self.running += admitted
         return admitted
+
+
+def _due(request: Schedulable) -> float:
+    return request.due_s

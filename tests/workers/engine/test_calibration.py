@@ -3,23 +3,57 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.catalog import ModelSpec
+from models.loading import load_pipeline
 from models.pipeline import FewStepPipeline
 from workers.engine import Engine
-from workers.engine.calibration import WarmUpError, batch_sizes, num_warm_ups, warm_up
+from workers.engine.calibration import WarmUpError, batch_sizes, num_warm_ups, useful_rows, warm_up
+from workers.engine.runner import ModelRunner
 
 
-def test_batch_sizes() -> None:
-    assert [batch_sizes(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+@pytest.mark.parametrize(("largest", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_batch_sizes(spec: ModelSpec, largest: int, sizes: list[int]) -> None:
+    assert batch_sizes(spec.model_copy(update={"max_batch_size": largest}), torch.device("cpu")) == sizes
+
+
+def test_a_gpu_has_more_batch_sizes_since_it_pads_to_them(spec: ModelSpec) -> None:
+    assert batch_sizes(spec, torch.device("cuda")) == [1, 2, 3, 4, 6, 8, 12, 16]
 
 
 def test_the_cost_table_covers_every_batch_size(engine: Engine) -> None:
     reports: list[str] = []
     warm_model = warm_up(engine, "small", reports.append)
-    assert list(warm_model.step_ms) == list(warm_model.decode_ms) == [1, 2, 4, 8, 16]
-    assert min(warm_model.step_ms.values()) > 0
-    assert warm_model.sizes == ((32, 32),)
-    assert len(reports) == num_warm_ups(engine.runners["small"].pipeline.spec)
+    (costs,) = warm_model.sizes
+    assert (costs.width, costs.height) == (32, 32)
+    for table in (costs.step_ms, costs.decode_ms, costs.preview_ms):
+        assert list(table) == [1, 2, 4, 8, 16]
+        assert min(table.values()) > 0
+    runner = engine.runners["small"]
+    assert len(reports) == num_warm_ups(runner.pipeline.spec, torch.device("cpu"))
+    assert runner.max_rows((32, 32)) == runner.max_rows((48, 32)) == costs.max_rows
     assert not engine.has_work
+
+
+def test_each_warm_size_is_proven_and_measured(spec: ModelSpec) -> None:
+    both = spec.model_copy(update={"warm_sizes": [(32, 32), (48, 32)], "max_batch_size": 8})
+    engine = Engine({"small": ModelRunner(load_pipeline(both, torch.device("cpu"), torch.float32))})
+    sizes = warm_up(engine, "small").sizes
+    assert [(costs.width, costs.height) for costs in sizes] == [(32, 32), (48, 32)]
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "rows"),
+    [
+        ({1: 10.0, 2: 12.0, 4: 16.0, 8: 30.0}, 8),
+        ({1: 10.0, 2: 12.0, 4: 16.0, 8: 32.0}, 4),  # a row of 8 costs what a row of 4 costs, and each waits for all
+        ({1: 10.0, 2: 12.0, 4: 16.0, 8: 31.9}, 4),  # nor does it pay within what measuring can tell
+        ({1: 10.0, 2: 20.0, 4: 40.0}, 1),
+        ({1: 10.0, 2: 21.0, 4: 30.0}, 4),
+        ({6: 10.0}, 6),
+    ],
+)
+def test_a_batch_stops_to_grow_where_a_row_gets_no_cheaper(step_ms: dict[int, float], rows: int) -> None:
+    assert useful_rows(step_ms) == rows
 
 
 @pytest.mark.parametrize(

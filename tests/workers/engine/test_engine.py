@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,9 +12,11 @@ import torch
 
 from broker.messages import Abort
 from models.pipeline import Conditioning, FewStepPipeline
-from tests.jobs import make_delivery
+from tests.jobs import make_delivery, make_warm
 from workers.engine import Aborted, Engine, EngineOutput, Finished, GenerationFailed, PreviewReady
+from workers.engine.decoding import PendingPixels
 from workers.engine.engine import run_until_done
+from workers.engine.outputs import Pixels
 from workers.engine.runner import MAX_CACHED_PROMPTS, ModelRunner
 
 
@@ -91,10 +96,16 @@ class Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditionings: Sequence[Any]) -> torch.Tensor:
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditionings: Sequence[Any],
+        guidance_scales: torch.Tensor,
+    ) -> torch.Tensor:
         if any(torch.allclose(conditioning.prompt_embeds, self._poison) for conditioning in conditionings):
             raise RuntimeError("poison")
-        return self._pipeline.predict(latents, timesteps, conditionings)
+        return self._pipeline.predict(latents, timesteps, conditionings, guidance_scales)
 
 
 def test_a_poisonous_request_fails_alone(pipeline: FewStepPipeline) -> None:
@@ -166,10 +177,121 @@ def test_an_impossible_step_count_fails_only_that_request(engine: Engine) -> Non
 
 
 def test_every_step_of_a_batch_is_observed(pipeline: FewStepPipeline) -> None:
-    steps: list[tuple[int, float]] = []
-    engine = Engine({"small": ModelRunner(pipeline)}, lambda num_rows, seconds: steps.append((num_rows, seconds)))
+    steps: list[tuple[str, int, float]] = []
+    engine = Engine({"small": ModelRunner(pipeline)}, lambda *step: steps.append(step))
     engine.add(make_delivery(num_inference_steps=2))
     engine.add(make_delivery(num_inference_steps=1, guidance_scale=2.0))
     run_until_done(engine)
-    assert [num_rows for num_rows, _ in steps] == [3, 1]
-    assert min(seconds for _, seconds in steps) > 0
+    assert [step[:2] for step in steps] == [("small", 3), ("small", 1)]
+    assert min(seconds for *_, seconds in steps) > 0
+
+
+def test_what_expires_while_it_runs_stops_at_the_next_step(engine: Engine) -> None:
+    engine.add(make_delivery("late", deadline_ms=20))
+    engine.add(make_delivery("in time", deadline_ms=60_000))
+    assert engine.step() == []
+    time.sleep(0.03)
+    (expired,) = engine.step()
+    assert isinstance(expired, Aborted)
+    assert (expired.request.request_id, expired.reason, len(expired.request.steps_ms)) == ("late", "expired", 1)
+    assert ids(run_until_done(engine), Finished) == ["in time"]
+
+
+def test_the_time_in_the_queue_counts_for_the_deadline(engine: Engine) -> None:
+    engine.add(replace(make_delivery("late", deadline_ms=1000), waited_ms=1000.0))
+    (expired,) = engine.step()
+    assert isinstance(expired, Aborted)
+    assert expired.reason == "expired"
+    assert not expired.is_late, "no step was computed for it"
+
+
+def test_a_step_under_way_when_somebody_asked_to_stop_is_counted(engine: Engine) -> None:
+    engine.add(make_delivery("a"))
+    engine.add(make_delivery("b"))
+    asked_s = time.perf_counter()
+    engine.step()
+    engine.abort(Abort("a", "cancelled"), asked_s)
+    engine.abort(Abort("b", "cancelled"))
+    late, in_time = engine.step()
+    assert isinstance(late, Aborted)
+    assert isinstance(in_time, Aborted)
+    assert (late.is_late, in_time.is_late) == (True, False)
+
+
+def test_freed_rows_go_to_waiting_requests_at_the_same_step(engine: Engine) -> None:
+    engine.runners["small"].warm_model = make_warm(max_rows=1)
+    engine.add(make_delivery("a"))
+    engine.add(make_delivery("b", num_inference_steps=1))
+    engine.step()
+    engine.abort(Abort("a", "cancelled"))
+    outputs = engine.step()
+    assert ids(outputs, Aborted) == ["a"]
+    assert ids(outputs, Finished) == ["b"]
+
+
+def test_a_batch_grows_no_further_than_warm_up_found_useful(engine: Engine) -> None:
+    rows: list[int] = []
+    engine = Engine(engine.runners, lambda _model, num_rows, _seconds: rows.append(num_rows))
+    engine.runners["small"].warm_model = make_warm(max_rows=2)
+    for number in range(5):
+        engine.add(make_delivery(str(number), num_inference_steps=1))
+    run_until_done(engine)
+    assert rows == [2, 2, 1]
+
+
+def previews_per_step(engine: Engine, num_steps: int) -> list[int]:
+    counts = []
+    for _ in range(num_steps):
+        counts.append(sum(isinstance(output, PreviewReady) for output in engine.step()))
+    return counts
+
+
+def test_previews_take_no_more_than_their_share_of_a_step(engine: Engine) -> None:
+    """A step of 8 rows takes 40 ms, so 6 ms of previews fit: four of them at 1.5 ms each."""
+    engine.runners["small"].warm_model = make_warm(preview_ms={1: 1.5, 8: 12.0})
+    for number in range(8):
+        engine.add(make_delivery(str(number), previews=True, num_inference_steps=5))
+    assert previews_per_step(engine, 4) == [4, 4, 4, 4]
+    seen = [request.num_previews for request in engine._scheduler.requests]
+    assert seen == [2] * 8, "they take turns"
+
+
+def test_a_preview_that_costs_more_than_a_steps_share_comes_less_often(engine: Engine) -> None:
+    engine.runners["small"].warm_model = make_warm(step_ms={1: 10.0}, preview_ms={1: 4.0})
+    engine.add(make_delivery(previews=True, num_inference_steps=8))
+    assert previews_per_step(engine, 7) == [0, 0, 1, 0, 0, 1, 0]
+
+
+class SlowPixels:
+    """Pixels that a device is still working on."""
+
+    def __init__(self, pixels: PendingPixels) -> None:
+        self._pixels, self.is_done = pixels, False
+
+    def is_ready(self) -> bool:
+        return self.is_done
+
+    def collect(self) -> tuple[Pixels, float]:
+        return self._pixels.collect()
+
+
+def test_a_decode_under_way_holds_nobody_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where pictures are decoded beside the steps."""
+    runner = engine.runners["small"]
+    slow: list[SlowPixels] = []
+    decoder = runner._decoder
+
+    def start(*arguments: Any) -> list[SlowPixels]:
+        slow.extend(SlowPixels(pixels) for pixels in decoder.start(*arguments))
+        return slow[-1:]
+
+    monkeypatch.setattr(runner, "_decoder", SimpleNamespace(start=start))
+    engine.add(make_delivery("short", num_inference_steps=1))
+    engine.add(make_delivery("long", num_inference_steps=3))
+    assert engine.step() == []
+    assert engine.step() == []
+    slow[0].is_done = True
+    assert ids(engine.step(), Finished) == ["short"]
+    assert engine.has_work
+    assert ids(engine.step(), Finished) == ["long"], "with nothing else to do it waits for the picture"
+    assert not engine.has_work

@@ -1,4 +1,5 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 from workers.engine.scheduler import Scheduler
 
@@ -8,11 +9,11 @@ class Request:
     name: str
     group: str = "g"
     num_rows: int = 1
-    model: str = "m"
+    due_s: float = field(default_factory=count().__next__)
 
 
 def make_scheduler(max_rows: int = 4) -> Scheduler[Request]:
-    return Scheduler({"m": max_rows, "n": max_rows})
+    return Scheduler(lambda _: max_rows)
 
 
 def add(scheduler: Scheduler[Request], *requests: Request) -> None:
@@ -60,22 +61,53 @@ def test_a_wide_request_is_not_overtaken_for_ever() -> None:
     assert names(scheduler) == ["wide"]
 
 
-def test_groups_take_turns() -> None:
+def test_the_group_with_the_most_urgent_request_runs() -> None:
     scheduler = make_scheduler()
-    add(scheduler, Request("a", "g"), Request("b", "h"), Request("c", "g"))
-    assert [names(scheduler) for _ in range(4)] == [["a", "c"], ["b"], ["a", "c"], ["b"]]
+    first, second, third = (
+        Request("first", "g", due_s=5),
+        Request("second", "h", due_s=3),
+        Request("third", "g", due_s=9),
+    )
+    add(scheduler, first, second, third)
+    assert names(scheduler) == ["second"]
+    scheduler.remove(second)
+    assert names(scheduler) == ["first", "third"]
 
 
-def test_a_new_group_gets_the_next_turn() -> None:
-    scheduler = make_scheduler()
-    add(scheduler, Request("a", "g"))
-    for _ in range(3):
-        names(scheduler)
-    add(scheduler, Request("b", "h"))
-    assert names(scheduler) == ["b"]
+def test_no_group_starves_however_much_comes_for_another() -> None:
+    """A flood that is due soon after it comes runs before a patient request only until that one is due itself."""
+    scheduler = make_scheduler(max_rows=1)
+    patient = Request("patient", "h", due_s=10)
+    add(scheduler, patient)
+    served: list[str] = []
+    for now in range(20):
+        hasty = Request("hasty", due_s=now + 2)
+        add(scheduler, hasty)
+        served += names(scheduler)
+        for request in scheduler.running[:]:
+            scheduler.remove(request)
+    assert 8 <= served.index("patient") <= 11
 
 
-def test_put_back_goes_to_the_head_of_the_waiting_room() -> None:
+def test_the_most_urgent_joins_first() -> None:
+    scheduler = make_scheduler(max_rows=1)
+    add(scheduler, Request("patient", due_s=9), Request("hasty", due_s=1))
+    assert names(scheduler) == ["hasty"]
+
+
+def test_limits_belong_to_requests() -> None:
+    scheduler: Scheduler[Request] = Scheduler(lambda request: 1 if request.group == "large" else 3)
+    add(
+        scheduler, *(Request(f"{i}", "large", due_s=1) for i in range(2)), *(Request(f"{i}", due_s=2) for i in range(4))
+    )
+    assert names(scheduler) == ["0"]
+    for request in [*scheduler.running, *scheduler.waiting]:
+        if request.group == "large":
+            scheduler.remove(request)
+    assert names(scheduler) == ["0", "1", "2"]
+
+
+def test_who_is_put_back_keeps_its_urgency() -> None:
     scheduler = make_scheduler(max_rows=1)
     a, b = Request("a"), Request("b")
     add(scheduler, a, b)
@@ -90,15 +122,3 @@ def test_a_request_wider_than_any_batch_goes_alone() -> None:
     assert names(scheduler) == ["a"]
     scheduler.remove(scheduler.running[0])
     assert names(scheduler) == ["wide"]
-
-
-def test_groups_that_are_gone_are_forgotten() -> None:
-    scheduler = make_scheduler()
-    add(scheduler, Request("stays", "s"))
-    for number in range(20):
-        passing = Request(f"{number}", f"{number}")
-        add(scheduler, passing)
-        names(scheduler)
-        names(scheduler)
-        scheduler.remove(passing)
-    assert len(scheduler._last_turn) <= 2

@@ -1,0 +1,65 @@
+"""diffusers' own pipeline, called alone with the same seed: what the engine's pictures are held against."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from broker.messages import SamplingParams
+from models.catalog import ModelSpec
+from models.loading import load_diffusers
+from tests.jobs import make_delivery
+from workers.engine import Engine, Finished
+from workers.engine.engine import run_until_done
+from workers.engine.outputs import Pixels
+
+
+class Oracle:
+    """The pipeline that diffusers has for the entry's family; for a full LCM of Stable Diffusion its LCM pipeline."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype = torch.float32) -> None:
+        self._spec = spec
+        self._pipe = load_diffusers(spec, torch.device("cpu"), dtype)
+        self._config = diffusers.DDIMScheduler.from_pretrained(spec.source, subfolder="scheduler").config
+        if spec.guidance_embedded and spec.family == "sd":
+            parts = self._pipe.components | {"scheduler": diffusers.LCMScheduler.from_config(self._config)}
+            self._pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+            self._pipe.set_progress_bar_config(disable=True)
+
+    def draw(self, params: SamplingParams) -> Pixels:
+        scheduler = self._spec.schedulers[params.scheduler]
+        scheduler_class: Any = getattr(diffusers, scheduler.class_name)
+        self._pipe.scheduler = scheduler_class.from_config(self._config, **scheduler.config)
+        negative = {} if params.negative_prompt is None else {"negative_prompt": params.negative_prompt}
+        images = self._pipe(
+            params.prompt,
+            num_inference_steps=params.num_inference_steps,
+            guidance_scale=params.guidance_scale,
+            num_images_per_prompt=params.num_images,
+            generator=[torch.Generator().manual_seed(params.seed + i) for i in range(params.num_images)],
+            width=params.width,
+            height=params.height,
+            **negative,
+        ).images
+        return np.stack([np.asarray(image) for image in images])
+
+
+def draw(engine: Engine, *all_params: SamplingParams) -> list[Pixels]:
+    """The engine's pictures, all requests at once, in the order asked for."""
+    (model,) = engine.runners
+    for index, params in enumerate(all_params):
+        delivery = make_delivery(str(index))
+        engine.add(replace(delivery, job=replace(delivery.job, model=model, params=params)))
+    finished = {output.request.request_id: output for output in run_until_done(engine) if isinstance(output, Finished)}
+    return [finished[str(index)].pixels for index in range(len(all_params))]
+
+
+def largest_difference(one: Pixels, other: Pixels) -> int:
+    """Of 255, over all pixels."""
+    assert one.shape == other.shape
+    assert one.std() > 5, "a constant picture would equal anything"
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
