@@ -47,6 +47,10 @@ class FewStepPipeline(ABC):
         }
 
     @abstractmethod
+    def expect_rows(self, num_rows: int) -> None:
+        """How many rows the batch has that the coming calls belong to: a device may share its cores by that."""
+
+    @abstractmethod
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of a picture of `width` by `height` pixels."""
 

@@ -6,6 +6,7 @@ keeps the operations alone. It computes exactly what the network computes, for a
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
@@ -25,12 +26,14 @@ class Traced(Generic[T]):
 
     def __init__(self, network: Callable[..., T]) -> None:
         self._network = network
+        self._recording = threading.Lock()
         self._recordings: dict[torch.Size, Callable[..., T]] = {}
 
     def __call__(self, *inputs: Tensor) -> T:
         shape = inputs[0].shape[1:]
-        if shape not in self._recordings:
-            self._recordings[shape] = _record(self._network, inputs)
+        with self._recording:
+            if shape not in self._recordings:
+                self._recordings[shape] = _record(self._network, inputs)
         return self._recordings[shape](*inputs)
 
 

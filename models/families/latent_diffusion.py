@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.catalog import ModelSpec
 from models.pipeline import Conditioning, FewStepPipeline, to_pixels
+from models.rows import SharedRows
 from models.tracing import Traced
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class LatentDiffusion(FewStepPipeline):
         scheduler_config: dict[str, Any],
     ) -> None:
         super().__init__(spec, device, dtype, scheduler_config)
+        self._rows = SharedRows() if device.type == "cpu" else None
         self.vae_scale_factor: int = pipe.vae_scale_factor
         self._latent_channels: int = pipe.unet.config.in_channels
         self._guidance_width: int | None = pipe.unet.config.time_cond_proj_dim
@@ -48,8 +50,12 @@ class LatentDiffusion(FewStepPipeline):
         self._decode_tiny = self._decode_full if tiny_vae is None else self.fast(_decoder_network(tiny_vae))
 
     def fast(self, network: Callable[..., T]) -> Callable[..., T]:
-        """On a CPU the interpreter is a large part of a small step, so networks are recorded there."""
-        return Traced(network) if self.device.type == "cpu" else network
+        """On a CPU networks are recorded, since the interpreter is a large part of a small step, and shared by rows."""
+        return network if self._rows is None else self._rows.wrap(Traced(network))
+
+    def expect_rows(self, num_rows: int) -> None:
+        if self._rows is not None:
+            self._rows.expect(num_rows)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return self._latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor

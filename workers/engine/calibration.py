@@ -97,6 +97,7 @@ def _preview_ms(engine: Engine, spec: ModelSpec, size: Size, num_rows: int) -> f
     """What previews add to a step: decoding `num_rows` pictures by the decoder that previews use."""
     pipeline = engine.runners[spec.name].pipeline
     latents = torch.randn(num_rows, *pipeline.latent_shape(*size)).to(pipeline.device)
+    pipeline.expect_rows(num_rows)
     with torch.inference_mode():
         pending = [decoder_for(pipeline.device).start(pipeline.preview, [latents]) for _ in range(2)]
     return min(pixels.collect()[1] for (pixels,) in pending)

@@ -68,6 +68,7 @@ class Engine:
 
     def _run(self, batch: Batch[RequestState]) -> None:
         runner = self.runners[batch.requests[0].model]
+        runner.expect(batch.requests)
         if batch.admitted:
             runner.prepare(batch.admitted)
         started_s = time.perf_counter()

@@ -71,6 +71,10 @@ class ModelRunner:
             return self.pipeline.spec.max_batch_size
         return self.warm_model.find_costs(*size).max_rows
 
+    def expect(self, requests: Sequence[RequestState]) -> None:
+        """Which requests the coming calls are for: new ones and those that are under way."""
+        self.pipeline.expect_rows(sum(request.num_rows for request in requests))
+
     def prepare(self, requests: Sequence[RequestState]) -> None:
         """Encodes the prompts of new requests in one batch and draws the noise of each."""
         started_s = time.perf_counter()
