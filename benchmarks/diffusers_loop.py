@@ -1,8 +1,9 @@
 """diffusers' own pipeline in a loop: at batch 1 the floor for the latency of one picture, in large batches the ceiling
 for pictures per second.
 
-Prints a line of JSON when it is ready, then answers each line of its input, a number of seconds, with a line of JSON:
-the milliseconds of every call in that time. Prompts, steps, size and file format are those of the service.
+Tries its batch sizes and numbers of threads and keeps the fastest. Prints a line of JSON when it is ready, with what it
+tried, then answers each line of its input, a number of seconds, with a line of JSON: the milliseconds of every call in
+that time. Prompts, steps, size and file format are those of the service.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import diffusers
@@ -28,47 +30,78 @@ from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, default_dtype, load_diffusers
 from workers.images import PNG_COMPRESS_LEVEL
 
-TRIALS = 12
+MIN_TRIALS, MAX_TRIALS = 3, 12
+TRIALS_S = 10.0
+THREADS = sorted({1, os.cpu_count() or 1})
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the pipeline is called: torch's threads, and prompts per call."""
+
+    threads: int
+    batch_size: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument(
-        "--threads", type=int, required=True, help="torch threads; 0 takes the faster of 1 and all cores"
-    )
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="the one of most images/s is kept")
+    parser.add_argument("--threads", type=int, required=True, help="torch threads; 0 tries 1 and all cores")
     options = parser.parse_args()
 
     hush_libraries()
     spec = get_spec(load_catalog(), options.model)
-    pipe = load_diffusers(spec, default_device(), parse_dtype(options.dtype))
-    prompts = endless_prompts(seed=1)
-    torch.set_num_threads(options.threads or fastest_threads(pipe, spec, options.steps, prompts))
-    batch_size: int = options.batch_size
-    draw(pipe, spec, options.steps, take(prompts, batch_size), range(batch_size))
-    print(json.dumps({"threads": torch.get_num_threads()}), flush=True)
+    loop = Loop(load_diffusers(spec, default_device(), parse_dtype(options.dtype)), spec, options.steps)
+    threads = [options.threads] if options.threads else THREADS
+    tried = loop.try_out([Mode(*mode) for mode in itertools.product(threads, options.batch_sizes)])
+    best = fastest(tried)
+    trials = [asdict(mode) | {"images_per_s": speed} for mode, speed in tried.items()]
+    print(json.dumps(asdict(best) | {"trials": trials}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(timed_loop(pipe, spec, options.steps, prompts, float(line), batch_size)), flush=True)
+        print(json.dumps(loop.run(best, float(line))), flush=True)
 
 
-def timed_loop(
-    pipe: Any, spec: ModelSpec, steps: int, prompts: Iterator[str], seconds: float, batch_size: int
-) -> list[float]:
-    latencies_ms: list[float] = []
-    end_s = time.perf_counter() + seconds
-    while time.perf_counter() < end_s:
+class Loop:
+    """One pipeline; every call has new prompts and seeds."""
+
+    def __init__(self, pipe: Any, spec: ModelSpec, steps: int) -> None:
+        self._pipe, self._spec, self._steps = pipe, spec, steps
+        self._prompts, self._seeds = endless_prompts(seed=1), itertools.count()
+
+    def run(self, mode: Mode, seconds: float) -> list[float]:
+        """The milliseconds of each call."""
+        torch.set_num_threads(mode.threads)
+        end_s = time.perf_counter() + seconds
+        times_ms = []
+        while time.perf_counter() < end_s:
+            times_ms.append(self._time_call_ms(mode.batch_size))
+        return times_ms
+
+    def try_out(self, modes: Iterable[Mode]) -> dict[Mode, float]:
+        """Pictures per second in each mode. Small networks are often slower on more threads. The trials alternate."""
+        times_ms: dict[Mode, list[float]] = {mode: [] for mode in modes}
+        end_s = time.perf_counter() + TRIALS_S
+        for trial in range(MAX_TRIALS):
+            if trial >= MIN_TRIALS and time.perf_counter() > end_s:
+                break
+            for mode, times in times_ms.items():
+                torch.set_num_threads(mode.threads)
+                self._time_call_ms(mode.batch_size)  # settles the thread pool
+                times.append(self._time_call_ms(mode.batch_size))
+        return {mode: mode.batch_size * 1000 / statistics.median(times) for mode, times in times_ms.items()}
+
+    def _time_call_ms(self, batch_size: int) -> float:
         started_s = time.perf_counter()
-        seed = len(latencies_ms) * batch_size
-        draw(pipe, spec, steps, take(prompts, batch_size), range(seed, seed + batch_size))
-        latencies_ms.append((time.perf_counter() - started_s) * 1000)
-    return latencies_ms
+        prompts = list(itertools.islice(self._prompts, batch_size))
+        draw(self._pipe, self._spec, self._steps, prompts, list(itertools.islice(self._seeds, batch_size)))
+        return (time.perf_counter() - started_s) * 1000
 
 
-def take(prompts: Iterator[str], count: int) -> list[str]:
-    return list(itertools.islice(prompts, count))
+def fastest(tried: Mapping[Mode, float]) -> Mode:
+    return max(tried, key=lambda mode: tried[mode])
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -98,20 +131,9 @@ def encode_png(image: Image.Image) -> bytes:
 
 def hush_libraries() -> None:
     diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-
-
-def fastest_threads(pipe: Any, spec: ModelSpec, steps: int, prompts: Iterator[str]) -> int:
-    """One thread or all, whichever is faster: small networks are often slower on more. The trials alternate."""
-    times_s: dict[int, list[float]] = {1: [], os.cpu_count() or 1: []}
-    for trial in range(TRIALS):
-        for threads, times in times_s.items():
-            torch.set_num_threads(threads)
-            draw(pipe, spec, steps, take(prompts, 1), [trial])  # settles the thread pool
-            started_s = time.perf_counter()
-            draw(pipe, spec, steps, take(prompts, 1), [trial])
-            times.append(time.perf_counter() - started_s)
-    return min(times_s, key=lambda threads: statistics.median(times_s[threads]))
+    transformers.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,9 +23,11 @@ import numpy as np
 import torch
 
 from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.machine import REPOSITORY, describe_machine
+from benchmarks.jobs import make_job
+from benchmarks.machine import REPOSITORY
 from benchmarks.prompts import endless_prompts
-from broker.messages import Delivery, Job, SamplingParams
+from benchmarks.report import print_table, write_report
+from broker.messages import Delivery, SamplingParams
 from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, load_diffusers, load_pipeline
 from models.pipeline import FewStepPipeline
@@ -81,10 +82,7 @@ def main() -> None:
     }
     for rows in report.values():
         print_table(rows)
-    tables = {name: [asdict(row) for row in rows] for name, rows in report.items()}
-    settings = {key: str(value) for key, value in vars(options).items()}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": describe_machine(), "settings": settings, **tables}, indent=2))
+    write_report(options, report)
 
 
 def parse_options() -> argparse.Namespace:
@@ -133,29 +131,13 @@ class Contender:
     def add(self, params: SamplingParams) -> str:
         """Gives the engine a request; returns its id."""
         request_id = f"r{next(self._numbers)}"
-        job = Job(request_id, self.spec.name, params, lane="api", owner="", gateway_id=None, keep_s=0)
+        job = replace(make_job(self.spec, request_id, params.prompt), params=params)
         self.engine.add(Delivery(job, attempt=1, waited_ms=0))
         return request_id
 
     def new_params(self, rows: int, **changes: Any) -> list[SamplingParams]:
-        width, height = self.spec.default_size
-        params = SamplingParams(
-            prompt="",
-            negative_prompt=None,
-            width=width,
-            height=height,
-            num_inference_steps=self.steps,
-            guidance_scale=self.spec.guidance_scale.default,
-            seed=0,
-            scheduler=self.spec.default_scheduler,
-            num_images=1,
-            decoder="full",
-            output_format="png",
-            output_quality=85,
-            previews=False,
-            metadata=False,
-        )
-        return [replace(params, prompt=next(self._prompts), seed=row, **changes) for row in range(rows)]
+        wishes = {"num_inference_steps": self.steps} | changes
+        return [make_job(self.spec, "", next(self._prompts), seed=row, **wishes).params for row in range(rows)]
 
 
 class NetworkTimer:
@@ -254,15 +236,6 @@ def measure_exactness(contender: Contender, pictures: int = 8) -> list[Exactness
 def differences(wanted: Sequence[Pixels], drawn: Sequence[Pixels]) -> tuple[int, float]:
     delta = np.abs(np.stack(wanted).astype(int) - np.stack(drawn).astype(int))
     return int(delta.max()), float(delta.mean())
-
-
-def print_table(rows: Sequence[Any]) -> None:
-    names = list(asdict(rows[0]))
-    print("| " + " | ".join(names) + " |\n| " + " | ".join("---" for _ in names) + " |")
-    for row in rows:
-        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in asdict(row).values())
-        print("| " + " | ".join(cells) + " |")
-    print()
 
 
 if __name__ == "__main__":

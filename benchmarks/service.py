@@ -1,10 +1,12 @@
 """The service against diffusers alone and against two other servers, in one run on one machine.
 
-    python -m benchmarks.service
+    python -m benchmarks.service            # about 18 minutes
+    python -m benchmarks.service --smoke    # two minutes, to see that it works; the figures mean nothing
 
-Five programs draw the same kind of picture from the same weights: diffusers' pipeline in a loop, one picture at a time
+These programs draw the same kind of picture from the same weights: diffusers' pipeline in a loop, one picture at a time
 and in batches; over HTTP `fewstep serve`, FastAPI with one pipeline and a lock, and LitServe with its request batching.
-They take turns, so that whatever else the machine does hits all of them; the table shows the medians of the rounds.
+First closed loops, then open loops at a part of what `fewstep serve` gave to the most clients of the same round. The
+programs take turns, so that whatever else the machine does hits all of them; the tables show the medians of the rounds.
 """
 
 from __future__ import annotations
@@ -12,292 +14,229 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import signal
-import socket
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO
 
+from benchmarks.figures import (
+    CEILING,
+    FLOOR,
+    SERVICE,
+    BenchmarkError,
+    Load,
+    Skipped,
+    Table,
+    Turn,
+    Verdict,
+    format_cpu,
+    format_loops,
+    judge,
+    measure,
+    take_medians,
+)
+from benchmarks.load import Result
 from benchmarks.machine import REPOSITORY, describe_machine
+from benchmarks.servers import (
+    Contender,
+    CpuMeter,
+    DiffusersLoop,
+    Drawing,
+    Server,
+    fewstep_server,
+    free_port,
+    litserve_server,
+    plain_server,
+    running,
+    wait_until_ready,
+)
 
-READY_WITHIN_S = 180
+__all__ = ["BenchmarkError", "Server", "free_port", "running", "wait_until_ready"]
+
+HOPELESS = 1.5  # times what a program can do: its queue would only grow
 
 
 @dataclass(frozen=True)
-class Round:
-    """One turn of one program."""
+class Settings:
+    """What the command line says; `parse_options` describes each."""
 
-    program: str
-    clients: int
-    pictures: int
-    images_per_s: float
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
+    model: str
+    steps: int
+    clients: Sequence[int]
+    percents: Sequence[int]
+    rounds: int
+    seconds: float
+    warmup: float
+    deadline_s: float
+    dtype: str
+    batch_dtype: str
+    batch_sizes: Sequence[int]
+    windows_ms: Sequence[float]
+    threads: int
+    json: Path
 
 
 @dataclass(frozen=True)
-class Server:
-    name: str
-    port: int
+class Programs:
+    """All of them, ready. The service is the first of the `servers`."""
 
-
-class BenchmarkError(Exception):
-    """A run whose figures would mean nothing."""
+    floor: DiffusersLoop
+    ceiling: DiffusersLoop
+    servers: Sequence[Contender]
 
 
 def main() -> None:
-    options = parse_options()
+    settings = parse_options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that no server is left behind
     try:
-        compare_programs(options)
+        with start_programs(settings) as programs:
+            rounds = [row for number in range(settings.rounds) for row in run_round(programs, settings, number)]
+            trials = programs.floor.trials + programs.ceiling.trials
     except BenchmarkError as error:
         sys.exit(f"benchmark failed: {error}")
+    table = take_medians(rounds)
+    verdicts = judge(table)
+    print_report(table, verdicts)
+    write_report(settings, trials, rounds, table, verdicts)
+    print(f"\nEvery round: {settings.json}")
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options() -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mini-lcm")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=8, help="of each program in each round")
-    parser.add_argument("--dtype", default="float32", help="of diffusers at batch 1 and the plain server")
-    parser.add_argument(
-        "--batch-dtype", default="auto", help="of diffusers in batches and LitServe; auto: the service's"
-    )
-    parser.add_argument("--batch-size", type=int, default=32, help="of diffusers in batches")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", default="mini-lcm")
+    add("--steps", type=int, default=4)
+    add("--clients", type=int, nargs="+", default=[1, 8, 32, 64], help="of the closed loops")
+    add("--percents", type=int, nargs="+", default=[50, 80, 110], help="of capacity, in the open loops")
+    add("--rounds", type=int, default=3)
+    add("--seconds", type=float, default=8, help="that count, of each turn")
+    add("--warmup", type=float, default=2, help="seconds before them")
+    add("--deadline-s", type=float, default=1.0, help="pictures within it are goodput")
+    add("--dtype", default="float32", help="of diffusers at batch 1 and the plain server")
+    add("--batch-dtype", default="auto", help="of diffusers in batches and LitServe; auto: the service's")
+    add("--batch-sizes", type=int, nargs="+", default=[8, 16, 32], help="of diffusers in batches; the fastest is kept")
+    add("--windows-ms", type=float, nargs="+", default=[10, 50], help="batching windows of LitServe, each a program")
+    add(
         "--threads",
         type=int,
         default=0,
-        help="torch threads of diffusers and the plain server; 0: the faster of 1 and all",
+        help="of diffusers and the plain server; 0: the faster of 1 and all cores, tried by each",
     )
-    parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-service.json")
-    return parser.parse_args()
+    add("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-service.json")
+    add("--smoke", action="store_true", help="one short round with few clients")
+    options = vars(parser.parse_args())
+    is_smoke = options.pop("smoke")
+    settings = Settings(**options)
+    return make_short(settings) if is_smoke else settings
 
 
-def compare_programs(options: argparse.Namespace) -> None:
-    body = {"num_inference_steps": options.steps, "output_format": "png", "previews": False}
+def make_short(settings: Settings) -> Settings:
+    return replace(settings, clients=[1, 4], percents=[80], rounds=1, seconds=2, warmup=1, batch_sizes=[8])
+
+
+@contextlib.contextmanager
+def start_programs(settings: Settings) -> Iterator[Programs]:
+    drawing = Drawing(settings.model, settings.steps)
     with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(DiffusersLoop(options, options.dtype))
-        batches = stack.enter_context(DiffusersLoop(options, options.batch_dtype, options.batch_size))
-        service = stack.enter_context(fewstep_server(options))
-        plain = stack.enter_context(plain_server(options, loop.threads))
-        litserve = stack.enter_context(litserve_server(options))
-        rounds: list[Round] = []
-        for number in range(options.rounds):
-            rounds += [loop.run(options.seconds), batches.run(options.seconds)]
-            for clients in options.clients:
-                for server in (service, plain, litserve):
-                    fields = body | ({"model": options.model} if server is service else {})
-                    rounds.append(run_load(server, clients, options.seconds, fields, seed=number + 1))
-            print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
-    table = medians(rounds)
-    print_table(table)
-    verdicts = compare(table)
-    for line in verdicts.values():
-        print(line)
+        start = stack.enter_context
+        floor = start(DiffusersLoop(FLOOR, drawing, settings.dtype, [1], settings.threads))
+        ceiling = start(DiffusersLoop(CEILING, drawing, settings.batch_dtype, settings.batch_sizes, settings.threads))
+        servers = [
+            start(fewstep_server(drawing)),
+            start(plain_server(drawing, settings.dtype, settings.threads)),
+            *(start(litserve_server(drawing, settings.batch_dtype, window_ms)) for window_ms in settings.windows_ms),
+        ]
+        yield Programs(floor, ceiling, servers)
+
+
+# A round
+
+
+def run_round(programs: Programs, settings: Settings, number: int) -> list[Turn | Skipped]:
+    """Every request of a turn is new, and the same for each program."""
+    seed = 100 * (number + 1)
+    alone = [loop.run(settings.seconds, settings.deadline_s) for loop in (programs.floor, programs.ceiling)]
+    closed = [
+        run_closed(contender, clients, settings, seed + index)
+        for index, clients in enumerate(settings.clients)
+        for contender in programs.servers
+    ]
+    most = Load("clients", max(settings.clients))
+    capacities = {turn.program: turn.figures.images_per_s for turn in closed if turn.load == most}
+    opened = [
+        run_open(contender, percent, capacities, settings, seed + len(settings.clients) + index)
+        for index, percent in enumerate(settings.percents)
+        for contender in programs.servers
+    ]
+    print(f"round {number + 1} of {settings.rounds} done", file=sys.stderr)
+    return [*alone, *closed, *opened]
+
+
+def run_closed(contender: Contender, clients: int, settings: Settings, seed: int) -> Turn:
+    return run_turn(contender, Load("clients", clients), None, settings, seed)
+
+
+def run_open(
+    contender: Contender, percent: int, capacities: Mapping[str, float], settings: Settings, seed: int
+) -> Turn | Skipped:
+    load = Load("percent", percent)
+    rate_per_s = capacities[SERVICE] * percent / 100
+    if rate_per_s > HOPELESS * capacities[contender.server.name]:
+        return Skipped(contender.server.name, load)
+    return run_turn(contender, load, rate_per_s, settings, seed)
+
+
+def run_turn(contender: Contender, load: Load, rate_per_s: float | None, settings: Settings, seed: int) -> Turn:
+    name = contender.server.name
+    pace = ["--clients", str(load.size)] if rate_per_s is None else ["--rate", str(rate_per_s)]
+    with contender.awake():
+        meter = CpuMeter(contender.process)
+        result = run_load(
+            contender, [*pace, "--seconds", str(settings.seconds), "--warmup", str(settings.warmup)], seed
+        )
+        if result.errors or not result.num_drawn:
+            raise BenchmarkError(f"{name}, {load}: {result.num_drawn} pictures, errors {result.errors}")
+        cpu_ms = meter.read_ms(result.num_drawn)
+    figures = measure(result.latencies_ms, result.num_delivered / result.seconds, result.seconds, settings.deadline_s)
+    clients_cpu_ms = result.cpu_s * 1000 / result.num_drawn
+    return Turn(name, load, rate_per_s, len(result.latencies_ms), result.num_refused, figures, cpu_ms, clients_cpu_ms)
+
+
+def run_load(contender: Contender, arguments: Sequence[str], seed: int) -> Result:
+    command = [sys.executable, "-m", "benchmarks.load", "--port", str(contender.server.port), *arguments]
+    command += ["--seed", str(seed), "--body", json.dumps(dict(contender.fields))]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise BenchmarkError(f"the load on {contender.server.name} broke off, see above")
+    return Result(**json.loads(done.stdout))
+
+
+# The report
+
+
+def print_report(table: Table, verdicts: Sequence[Verdict]) -> None:
+    print(format_loops(table, is_open=False))
+    print(format_loops(table, is_open=True))
+    print(format_cpu(table))
+    for verdict in verdicts:
+        print(verdict)
+
+
+def write_report(
+    settings: Settings, trials: object, rounds: Sequence[Turn | Skipped], table: Table, verdicts: Sequence[Verdict]
+) -> None:
     report = {
         "machine": describe_machine(),
-        "settings": {key: str(value) for key, value in vars(options).items()} | {"baseline_threads": loop.threads},
-        "medians": [asdict(row) for row in table],
-        "ratios": verdicts,
+        "settings": {key: str(value) for key, value in asdict(settings).items()},
+        "trials": trials,
+        "medians": [asdict(turn) for turn in table.values() if turn],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
         "rounds": [asdict(row) for row in rounds],
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"\nEvery round: {options.json}")
-
-
-# The three programs
-
-
-class DiffusersLoop:
-    """The program of diffusers_loop.py, idle between its turns."""
-
-    def __init__(self, options: argparse.Namespace, dtype: str, batch_size: int = 1) -> None:
-        self.batch_size = batch_size
-        self.name = "diffusers" if batch_size == 1 else f"diffusers, batches of {batch_size}"
-        arguments = ["--model", options.model, "--steps", str(options.steps), "--dtype", dtype]
-        arguments += ["--batch-size", str(batch_size)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.diffusers_loop", *arguments, "--threads", str(options.threads)],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.threads: int = json.loads(self._read())["threads"]
-
-    def __enter__(self) -> DiffusersLoop:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def run(self, seconds: float) -> Round:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        latencies_ms = [ms for ms in json.loads(self._read()) for _ in range(self.batch_size)]
-        return summarise(self.name, self.batch_size, latencies_ms, sum(latencies_ms) / self.batch_size / 1000)
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        if line := self._process.stdout.readline():
-            return line
-        raise BenchmarkError("diffusers' loop ended, see above")
-
-
-@contextlib.contextmanager
-def fewstep_server(options: argparse.Namespace) -> Iterator[Server]:
-    server = Server("fewstep serve", free_port())
-    command = [sys.executable, "-c", "from cli import main; main()", "serve"]
-    with running([*command, "--port", str(server.port), "--model", options.model], server):
-        yield server
-
-
-@contextlib.contextmanager
-def plain_server(options: argparse.Namespace, threads: int) -> Iterator[Server]:
-    server = Server("FastAPI + lock", free_port())
-    command = [sys.executable, "-m", "benchmarks.plain_server", "--model", options.model, "--dtype", options.dtype]
-    with running([*command, "--port", str(server.port), "--threads", str(threads)], server):
-        yield server
-
-
-@contextlib.contextmanager
-def litserve_server(options: argparse.Namespace) -> Iterator[Server]:
-    server = Server("LitServe", free_port())
-    command = [sys.executable, "-m", "benchmarks.litserve_server", "--model", options.model]
-    command += ["--dtype", options.batch_dtype, "--steps", str(options.steps), "--port", str(server.port)]
-    with running(command, server):
-        yield server
-
-
-@contextlib.contextmanager
-def running(command: Sequence[str], server: Server) -> Iterator[None]:
-    """Starts a server, waits until it is ready, and ends it with all its children."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=log, stderr=log)
-        try:
-            wait_until_ready(server, process, log)
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_until_ready(server: Server, process: subprocess.Popen[bytes], log: IO[str]) -> None:
-    end_s = time.monotonic() + READY_WITHIN_S
-    while process.poll() is None and time.monotonic() < end_s:
-        if answers_ready(server):
-            return
-        time.sleep(0.2)
-    log.seek(0)
-    tail = "".join(log.readlines()[-10:])
-    ended = f"ended with status {process.returncode}" if process.poll() is not None else "is not ready"
-    raise BenchmarkError(f"{server.name} {ended}:\n{tail}")
-
-
-def answers_ready(server: Server) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/readyz", timeout=5):
-            return True
-    except OSError:  # urllib's errors are kinds of it
-        return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-# Figures
-
-
-def run_load(server: Server, clients: int, seconds: float, body: dict[str, object], seed: int) -> Round:
-    arguments = ["--port", str(server.port), "--clients", str(clients), "--seconds", str(seconds), "--seed", str(seed)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.load", *arguments, "--body", json.dumps(body)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-    )
-    if done.returncode:
-        raise BenchmarkError(f"the load on {server.name} with {clients} clients broke off, see above")
-    result = json.loads(done.stdout)
-    if result["errors"]:
-        raise BenchmarkError(f"{server.name} with {clients} clients answered {result['errors']}")
-    return summarise(server.name, clients, result["latencies_ms"], result["seconds"])
-
-
-def summarise(program: str, clients: int, latencies_ms: list[float], seconds: float) -> Round:
-    if len(latencies_ms) < 2:
-        raise BenchmarkError(
-            f"{program} gave {len(latencies_ms)} pictures in {seconds:.0f} s: more --seconds are needed"
-        )
-    cuts = statistics.quantiles(latencies_ms, n=100, method="inclusive")
-    return Round(program, clients, len(latencies_ms), len(latencies_ms) / seconds, cuts[49], cuts[94], cuts[98])
-
-
-def medians(rounds: list[Round]) -> list[Round]:
-    """One row per program and number of clients: the median of each figure over the rounds."""
-    return [
-        Round(
-            program,
-            clients,
-            sum(row.pictures for row in same),
-            statistics.median(row.images_per_s for row in same),
-            statistics.median(row.p50_ms for row in same),
-            statistics.median(row.p95_ms for row in same),
-            statistics.median(row.p99_ms for row in same),
-        )
-        for program, clients in dict.fromkeys((row.program, row.clients) for row in rounds)
-        if (same := [row for row in rounds if (row.program, row.clients) == (program, clients)])
-    ]
-
-
-def compare(table: list[Round]) -> dict[str, str]:
-    """What the comparison is for, in a sentence each; the aims stand beside the figures."""
-    rows = {(row.program, row.clients): row for row in table}
-    many = max(row.clients for row in table if row.program == "fewstep serve")
-    alone, crowded = rows.get(("fewstep serve", 1)), rows["fewstep serve", many]
-    ceiling = next(row for row in table if row.program.startswith("diffusers, batches"))
-    verdicts = {}
-    if alone is not None:
-        ratio = alone.p50_ms / rows["diffusers", 1].p50_ms
-        verdicts["latency"] = f"1 client: {ratio:.2f} times diffusers' P50 (aim: at most 1.10)"
-    for name, other, aim in (
-        ("ceiling", ceiling, 0.85),
-        ("LitServe", rows["LitServe", many], 1.3),
-        ("plain server", rows["FastAPI + lock", many], 4.0),
-    ):
-        ratio = crowded.images_per_s / other.images_per_s
-        what = f"{many} clients: {ratio:.2f} times the images/s of {other.program} (aim: at least {aim})"
-        verdicts[name] = what if other is ceiling else f"{what}, P95 {crowded.p95_ms:.0f} against {other.p95_ms:.0f} ms"
-    return verdicts
-
-
-def print_table(rows: list[Round]) -> None:
-    print("| program | clients | images/s | P50 ms | P95 ms | P99 ms | pictures |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for row in rows:
-        figures = f"{row.images_per_s:.1f} | {row.p50_ms:.1f} | {row.p95_ms:.1f} | {row.p99_ms:.1f} | {row.pictures}"
-        print(f"| {row.program} | {row.clients} | {figures} |")
-    print()
+    settings.json.parent.mkdir(parents=True, exist_ok=True)
+    settings.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ class LoadError(Exception):
     """A model that can't be loaded: the message names the model, the source or file, and the reason."""
 
 
-def load_pipeline(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> FewStepPipeline:
+def load_pipeline(
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, cuda_graphs: bool = False
+) -> FewStepPipeline:
     """The model of a catalog entry, ready to compute on `device` in `dtype`. Raises LoadError."""
     pipe = _load_parts(spec, dtype)
     try:
@@ -52,9 +54,10 @@ def load_pipeline(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
             spec,
             device,
             dtype,
-            pipe=_settle(pipe, device),
+            pipe=settle(pipe, device),
             tiny_vae=_load_tiny_vae(spec, device, dtype),
             scheduler_config=dict(pipe.scheduler.config),
+            cuda_graphs=cuda_graphs,
         )
     except torch.OutOfMemoryError as error:
         raise LoadError(f"{spec.name}: {device} has too little memory for it") from error
@@ -65,7 +68,7 @@ def load_diffusers(spec: ModelSpec, device: torch.device, dtype: torch.dtype) ->
     pipe = _load_parts(spec, dtype)
     default = spec.schedulers[spec.default_scheduler]
     pipe.scheduler = getattr(diffusers, default.class_name).from_config(pipe.scheduler.config, **default.config)
-    return _settle(pipe, device)
+    return settle(pipe, device)
 
 
 def _load_parts(spec: ModelSpec, dtype: torch.dtype) -> Any:
@@ -113,7 +116,7 @@ def _load_tiny_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) ->
         return None
     source = resolve_source(spec.tiny_vae)
     _check_weights(spec, source)
-    return _settle(_from_pretrained(diffusers.AutoencoderTiny, spec, source, dtype), device)
+    return settle(_from_pretrained(diffusers.AutoencoderTiny, spec, source, dtype), device)
 
 
 def _from_pretrained(kind: Any, spec: ModelSpec, source: str, dtype: torch.dtype, **arguments: Any) -> Any:
@@ -161,7 +164,7 @@ def _fuse_lora(pipe: Any, spec: ModelSpec, lora: LoraSpec) -> None:
         raise LoadError(f"{spec.name}: can't fuse the LoRA {source}: {_first_line(error)}") from error
 
 
-def _settle(module: Any, device: torch.device) -> Any:
+def settle(module: Any, device: torch.device) -> Any:
     """Moves a pipeline or network to its device in the memory layout that its convolutions are fastest in."""
     module = module.to(device)
     is_slow_layout = device.type == "cpu" and module.dtype == torch.bfloat16  # oneDNN reorders those weights each time

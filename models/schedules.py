@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import lru_cache
 from typing import Any, Protocol
 
 import diffusers
@@ -32,12 +33,18 @@ class ScheduleFactory:
     def __init__(self, spec: SchedulerSpec, folder_config: dict[str, Any]) -> None:
         self._template: Schedule = getattr(diffusers, spec.class_name).from_config(folder_config, **spec.config)
         accepted = inspect.signature(self._template.step).parameters
+        self._prepared = lru_cache(maxsize=256)(self._set_timesteps)
         self.takes_generator = "generator" in accepted
         # As diffusers' pipelines do: eta 0 for whoever takes one, unless the catalog says else.
         self.step_arguments = {key: value for key, value in {"eta": 0.0, **spec.step}.items() if key in accepted}
 
     def new(self, num_inference_steps: int) -> Schedule:
         """A scheduler set to `num_inference_steps`, its tables on the CPU. Raises ValueError for counts it can't do."""
+        template = self._prepared(num_inference_steps)
+        tables = {id(value): value for value in vars(template).values() if isinstance(value, Tensor)}
+        return copy.deepcopy(template, tables)  # all but the tables, which no scheduler writes into
+
+    def _set_timesteps(self, num_inference_steps: int) -> Schedule:
         schedule = copy.deepcopy(self._template)
         schedule.set_timesteps(num_inference_steps, device="cpu")
         return schedule

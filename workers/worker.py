@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -201,6 +201,9 @@ class Worker:
     # On the engine thread
 
     def _build_engine(self) -> Engine:
+        if self._device.type == "cuda":
+            # Steps go before the decodes of workers/engine/decoding.py, which have the default priority 0.
+            torch.cuda.set_stream(cast(Any, torch.cuda.Stream)(self._device, priority=-1))
         runners = {name: self._load(spec) for name, spec in self._specs.items()}
         engine = Engine(runners, self.metrics.observe_step)
         self._warm_models = tuple(self._warm_up(engine, name) for name in self._specs)
@@ -208,7 +211,7 @@ class Worker:
 
     def _load(self, spec: ModelSpec) -> ModelRunner:
         self._report(spec.name, "loading")
-        pipeline = load_pipeline(spec, self._device, self._dtype)
+        pipeline = load_pipeline(spec, self._device, self._dtype, cuda_graphs=self.settings.cuda_graphs)
         padded = batch_sizes(spec, self._device) if self._device.type == "cuda" else None
         return ModelRunner(pipeline, padded, self.metrics.observe_prompts)
 

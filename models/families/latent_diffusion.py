@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.catalog import ModelSpec
+from models.graphs import Graphed
 from models.pipeline import Conditioning, FewStepPipeline, to_pixels
 from models.rows import SharedRows
 from models.tracing import Traced
@@ -23,7 +24,8 @@ T = TypeVar("T")
 class LatentDiffusion(FewStepPipeline):
     """`pipe` is a loaded diffusers pipeline of the family, `tiny_vae` an AutoencoderTiny for the same latents.
 
-    `scheduler_config` is the model folder's own, which every scheduler of the catalog entry starts from.
+    `scheduler_config` is the model folder's own, which every scheduler of the catalog entry starts from. With
+    `cuda_graphs` a GPU replays networks as graphs, one per number of rows: the caller keeps these few.
     """
 
     added_names: ClassVar[tuple[str, ...]] = ()  # what this family's UNet is told beside timestep and prompt
@@ -37,8 +39,10 @@ class LatentDiffusion(FewStepPipeline):
         pipe: Any,
         tiny_vae: Any | None,
         scheduler_config: dict[str, Any],
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__(spec, device, dtype, scheduler_config)
+        self._has_graphs = cuda_graphs and device.type == "cuda"
         self._rows = SharedRows() if device.type == "cpu" else None
         self.vae_scale_factor: int = pipe.vae_scale_factor
         self._latent_channels: int = pipe.unet.config.in_channels
@@ -51,7 +55,9 @@ class LatentDiffusion(FewStepPipeline):
 
     def fast(self, network: Callable[..., T]) -> Callable[..., T]:
         """On a CPU networks are recorded, since the interpreter is a large part of a small step, and shared by rows."""
-        return network if self._rows is None else self._rows.wrap(Traced(network))
+        if self._rows is not None:
+            return self._rows.wrap(Traced(network))
+        return Graphed(network) if self._has_graphs else network
 
     def expect_rows(self, num_rows: int) -> None:
         if self._rows is not None:

@@ -22,17 +22,19 @@ NEWER_WITHIN_MS = 300
 class Engine:
     """Runs requests of several warm models. Not thread-safe: it belongs to the thread that owns the device.
 
-    `observe_step(model, num_rows, seconds)` hears of every batch that took a step.
+    `observe_step(model, num_rows, seconds)` hears of every batch that took a step. `scheduler_class` is there for
+    benchmarks, which compare ours with others.
     """
 
     def __init__(
-        self, runners: Mapping[str, ModelRunner], observe_step: Callable[[str, int, float], None] = lambda *_: None
+        self,
+        runners: Mapping[str, ModelRunner],
+        observe_step: Callable[[str, int, float], None] = lambda *_: None,
+        scheduler_class: type[Scheduler[RequestState]] = Scheduler,
     ) -> None:
         self.runners = dict(runners)
         self._observe_step = observe_step
-        self._scheduler: Scheduler[RequestState] = Scheduler(
-            lambda request: self.runners[request.model].max_rows(request.size)
-        )
+        self._scheduler = scheduler_class(lambda request: self.runners[request.model].max_rows(request.size))
         self._decodings: list[Decoding] = []
 
     def add(self, delivery: Delivery) -> None:

@@ -119,7 +119,8 @@ class ModelRunner:
         missing = [text for text in texts if text not in self._prompts]
         self._observe_prompts(len(texts) - len(missing), len(missing))
         if missing:
-            self._prompts.update(zip(missing, self.pipeline.encode_prompts(missing), strict=True))
+            padded = missing + missing[-1:] * self._padding(len(missing))
+            self._prompts.update(zip(missing, self.pipeline.encode_prompts(padded), strict=False))
         for text in texts:
             self._prompts.move_to_end(text)
 

@@ -37,7 +37,7 @@ class Scheduler(Generic[R]):
     """
 
     def __init__(self, max_rows: Callable[[R], int]) -> None:
-        self._max_rows = max_rows
+        self.max_rows = max_rows
         self.waiting: list[R] = []
         self.running: list[R] = []
 
@@ -74,7 +74,7 @@ class Scheduler(Generic[R]):
         for request in sorted((request for request in self.waiting if request.group == group), key=_due):
             num_rows += request.num_rows
             is_alone = num_rows == request.num_rows  # wider than any batch, it must still go through
-            if num_rows > self._max_rows(request) and not is_alone:
+            if num_rows > self.max_rows(request) and not is_alone:
                 break
             admitted.append(request)
         for request in admitted:

@@ -1,0 +1,31 @@
+"""Requests for an engine without a queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from broker.messages import Job, SamplingParams
+from models.catalog import ModelSpec
+
+
+def make_job(spec: ModelSpec, request_id: str, prompt: str, **changes: Any) -> Job:
+    """The model's defaults, without previews and metadata; `changes` are fields of SamplingParams."""
+    width, height = spec.default_size
+    params = SamplingParams(
+        prompt=prompt,
+        negative_prompt=None,
+        width=width,
+        height=height,
+        num_inference_steps=spec.num_inference_steps.default,
+        guidance_scale=spec.guidance_scale.default,
+        seed=0,
+        scheduler=spec.default_scheduler,
+        num_images=1,
+        decoder="full",
+        output_format="png",
+        output_quality=85,
+        previews=False,
+        metadata=False,
+    )
+    return Job(request_id, spec.name, replace(params, **changes), lane="api", owner="", gateway_id=None, keep_s=0)
