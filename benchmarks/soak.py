@@ -30,7 +30,8 @@ from workers.engine.calibration import warm_up
 from workers.engine.runner import ModelRunner
 from workers.images import encode_picture
 
-MAX_UNDER_WAY = 24
+LOADS = (24, 1, 8, 3)  # requests under way: a service has busy and quiet times
+LOAD_CHANGES_AFTER = 20
 MAX_GROWTH = 0.05
 
 
@@ -65,11 +66,12 @@ def parse_options() -> argparse.Namespace:
 
 
 def run(engine: Engine, jobs: Iterator[Job], every: int) -> Iterator[Reading]:
-    """Keeps the batch full until the jobs are done; a reading after each `every` of them."""
+    """Keeps changing numbers of jobs under way until they are done; a reading after each `every` of them."""
     under_way, done = 0, 0
     process = psutil.Process()
     while True:
-        while under_way < MAX_UNDER_WAY and (job := next(jobs, None)) is not None:
+        load = LOADS[done // LOAD_CHANGES_AFTER % len(LOADS)]
+        while under_way < load and (job := next(jobs, None)) is not None:
             engine.add(Delivery(job, attempt=1, waited_ms=0))
             under_way += 1
         if not engine.has_work:

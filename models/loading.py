@@ -19,6 +19,7 @@ from models.families.latent_diffusion import LatentDiffusion
 from models.families.sd import StableDiffusion
 from models.families.sdxl import StableDiffusionXL
 from models.pipeline import FewStepPipeline
+from models.rows import keep_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def load_pipeline(
     spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, cuda_graphs: bool = False
 ) -> FewStepPipeline:
     """The model of a catalog entry, ready to compute on `device` in `dtype`. Raises LoadError."""
+    keep_kernels()
     pipe = _load_parts(spec, dtype)
     try:
         return FAMILIES[spec.family].kind(

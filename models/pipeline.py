@@ -51,6 +51,10 @@ class FewStepPipeline(ABC):
         """How many rows the batch has that the coming calls belong to: a device may share its cores by that."""
 
     @abstractmethod
+    def row_counts(self, max_rows: int) -> list[int]:
+        """The row counts up to `max_rows` that a device must have seen to have all its kernels ready."""
+
+    @abstractmethod
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of a picture of `width` by `height` pixels."""
 

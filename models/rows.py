@@ -6,12 +6,22 @@ thread takes some of them through the whole network, and the threads meet once. 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# oneDNN makes a kernel for each operation and number of rows, and keeps 1024: fewer than one model has. When it looks
+# for the first one, it reads how many to keep.
+KERNEL_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
+
+def keep_kernels() -> None:
+    """To be called before the first network runs in this process; what the environment says already stands."""
+    os.environ.setdefault(*KERNEL_CACHE)
 
 
 class SharedRows:
@@ -28,6 +38,10 @@ class SharedRows:
 
     def expect(self, num_rows: int) -> None:
         self._threads_per_row = max(1, self.num_threads // max(1, num_rows))
+
+    def counts(self, max_rows: int) -> list[int]:
+        """Row counts that between them give parts of every size there is up to `max_rows`."""
+        return [rows for rows in range(1, max_rows + 1) if rows < self.num_threads or rows % self.num_threads == 0]
 
     def wrap(self, network: Callable[..., Any]) -> Callable[..., Any]:
         """`network` takes tensors with rows first and returns one, or a tuple of them."""

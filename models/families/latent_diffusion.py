@@ -63,6 +63,9 @@ class LatentDiffusion(FewStepPipeline):
         if self._rows is not None:
             self._rows.expect(num_rows)
 
+    def row_counts(self, max_rows: int) -> list[int]:
+        return [] if self._rows is None else self._rows.counts(max_rows)
+
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return self._latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 

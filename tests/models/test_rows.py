@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -37,6 +37,21 @@ def test_a_network_may_give_several_tensors() -> None:
     plus, minus = rows.wrap(lambda tensor: (tensor + 1, -tensor))(batch)
     assert torch.equal(plus, batch + 1)
     assert torch.equal(minus, -batch)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
+def test_the_counts_give_parts_of_every_size(num_threads: int) -> None:
+    def sizes(counts: Iterable[int]) -> set[tuple[int, int]]:
+        """(rows of a part, threads that it has)."""
+        return {
+            (len(part), max(1, num_threads // count))
+            for count in counts
+            for part in torch.zeros(count).tensor_split(min(num_threads // max(1, num_threads // count), count))
+        }
+
+    rows = SharedRows(num_threads)
+    assert sizes(rows.counts(12)) == sizes(range(1, 13))
+    assert len(rows.counts(12)) <= 12 // num_threads + num_threads
 
 
 def seen_by(rows: SharedRows, num_rows: int) -> set[tuple[str, int, int]]:

@@ -19,6 +19,7 @@ from workers.engine.request import RequestState
 CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 NUM_STEPS = 3
+MAX_KERNELS_S = 3.0
 # A larger batch must be cheaper per row by this much: measured times are never exact, and each row waits for all.
 WORTHWHILE = 0.02
 Progress = Callable[[str], None]
@@ -82,15 +83,34 @@ def _measure_size(engine: Engine, spec: ModelSpec, size: Size, rows: Sequence[in
         step_ms[num_rows] = round(min(ms for request in finished for ms in request.steps_ms), 3)
         decode_ms[num_rows] = round(min(request.decode_ms for request in finished), 3)
         preview_ms[num_rows] = round(_preview_ms(engine, spec, size, num_rows), 3)
+    _make_kernels(engine, spec, size, rows)
     return SizeCosts(*size, useful_rows(step_ms), step_ms, decode_ms, preview_ms)
 
 
+def _make_kernels(engine: Engine, spec: ModelSpec, size: Size, known: Sequence[int]) -> None:
+    """A CPU makes kernels for each number of rows: rather now than while somebody waits.
+
+    A model so slow that this would take long has no use for it: beside its steps that time is nothing.
+    """
+    end_s = time.perf_counter() + MAX_KERNELS_S
+    for num_rows in engine.runners[spec.name].pipeline.row_counts(spec.max_batch_size):
+        if num_rows not in known and time.perf_counter() < end_s:
+            _generate(engine, spec, size, num_rows, previews=True, num_steps=2)
+
+
 def _generate(
-    engine: Engine, spec: ModelSpec, size: Size, num_rows: int, *, previews: bool = False
+    engine: Engine,
+    spec: ModelSpec,
+    size: Size,
+    num_rows: int,
+    *,
+    previews: bool = False,
+    num_steps: int = NUM_STEPS,
 ) -> list[RequestState]:
     for index in range(num_rows):
         prompt = f"warm-up {num_rows} {index}"  # each another, so that texts are encoded in batches too
-        engine.add(Delivery(_job(spec, size, index, prompt, previews=previews), attempt=1, waited_ms=0))
+        job = _job(spec, size, index, prompt, previews=previews, num_steps=num_steps)
+        engine.add(Delivery(job, attempt=1, waited_ms=0))
     outputs = run_until_done(engine)
     for output in outputs:
         if isinstance(output, GenerationFailed):
@@ -134,13 +154,13 @@ def _text_ms(pipeline: FewStepPipeline) -> float:
     return round((time.perf_counter() - started_s) * 1000, 3)
 
 
-def _job(spec: ModelSpec, size: Size, index: int, prompt: str, *, previews: bool) -> Job:
+def _job(spec: ModelSpec, size: Size, index: int, prompt: str, *, previews: bool, num_steps: int) -> Job:
     params = SamplingParams(
         prompt=prompt,
         negative_prompt=None,
         width=size[0],
         height=size[1],
-        num_inference_steps=min(NUM_STEPS, spec.num_inference_steps.max),
+        num_inference_steps=min(num_steps, spec.num_inference_steps.max),
         guidance_scale=spec.guidance_scale.default,
         seed=index,
         scheduler=spec.default_scheduler,
