@@ -31,6 +31,7 @@ from broker.messages import Delivery, SamplingParams
 from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, load_diffusers, load_pipeline
 from models.pipeline import FewStepPipeline
+from models.rows import CORES
 from workers.engine import Engine, EngineOutput, Finished
 from workers.engine.engine import run_until_done
 from workers.engine.outputs import Pixels
@@ -103,13 +104,17 @@ class Contender:
         device = default_device()
         self.spec, self.dtype, self.steps = spec, dtype, steps
         self.pipe = load_diffusers(spec, device, getattr(torch, dtype))
-        self.pipeline = NetworkTimer(load_pipeline(spec, device, getattr(torch, dtype)))
+        pipeline = load_pipeline(spec, device, getattr(torch, dtype))
+        self.pipeline = NetworkTimer(pipeline)
         self.engine = Engine({spec.name: ModelRunner(cast(FewStepPipeline, self.pipeline))})
+        unshared = NetworkTimer(pipeline, shares_rows=False)
+        self.unshared_engine = Engine({spec.name: ModelRunner(cast(FewStepPipeline, unshared))})
         self._prompts = endless_prompts(seed=1)
         self._numbers = itertools.count()
 
     def draw_with_diffusers(self, all_params: Sequence[SamplingParams]) -> Pixels:
-        """All in one call."""
+        """All in one call, with all cores: the engine has left its thread with fewer."""
+        torch.set_num_threads(CORES)
         images = self.pipe(
             [params.prompt for params in all_params],
             num_inference_steps=all_params[0].num_inference_steps,
@@ -121,18 +126,23 @@ class Contender:
         ).images
         return np.asarray((images * 255).round(), dtype=np.uint8)
 
-    def draw_with_engine(self, all_params: Sequence[SamplingParams]) -> list[Finished]:
+    def draw_with_engine(self, all_params: Sequence[SamplingParams], engine: Engine | None = None) -> list[Finished]:
         """All at once, in the order asked for."""
-        names = [self.add(params) for params in all_params]
-        outputs: list[EngineOutput] = run_until_done(self.engine)
+        engine = engine or self.engine
+        names = [self.add(params, engine) for params in all_params]
+        outputs: list[EngineOutput] = run_until_done(engine)
         finished = {output.request.request_id: output for output in outputs if isinstance(output, Finished)}
         return [finished[name] for name in names]
 
-    def add(self, params: SamplingParams) -> str:
-        """Gives the engine a request; returns its id."""
+    def draw_unshared(self, all_params: Sequence[SamplingParams]) -> list[Finished]:
+        """The same where a CPU's threads share each operation instead of the rows."""
+        return self.draw_with_engine(all_params, self.unshared_engine)
+
+    def add(self, params: SamplingParams, engine: Engine) -> str:
+        """Gives an engine a request; returns its id."""
         request_id = f"r{next(self._numbers)}"
         job = replace(make_job(self.spec, request_id, params.prompt), params=params)
-        self.engine.add(Delivery(job, attempt=1, waited_ms=0))
+        engine.add(Delivery(job, attempt=1, waited_ms=0))
         return request_id
 
     def new_params(self, rows: int, **changes: Any) -> list[SamplingParams]:
@@ -141,14 +151,17 @@ class Contender:
 
 
 class NetworkTimer:
-    """A pipeline that also adds up the time its network takes."""
+    """A pipeline that also adds up the time its network takes, and may keep a CPU from sharing a batch by rows."""
 
-    def __init__(self, pipeline: FewStepPipeline) -> None:
-        self._pipeline = pipeline
+    def __init__(self, pipeline: FewStepPipeline, *, shares_rows: bool = True) -> None:
+        self._pipeline, self._shares_rows = pipeline, shares_rows
         self.network_s = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
+
+    def expect_rows(self, num_rows: int) -> None:
+        self._pipeline.expect_rows(num_rows if self._shares_rows else 1)
 
     def predict(self, *arguments: Any) -> torch.Tensor:
         started_s = time.perf_counter()
@@ -166,6 +179,9 @@ def measure_throughput(contenders: Sequence[Contender], options: argparse.Namesp
         for contender in contenders:
             programs["diffusers", contender.dtype] = partial(draw, contender, contender.draw_with_diffusers, rows)
             programs["engine", contender.dtype] = partial(draw, contender, contender.draw_with_engine, rows)
+            programs["engine, rows not shared", contender.dtype] = partial(
+                draw, contender, contender.draw_unshared, rows
+            )
         times_ms = take_turns(programs, options.rounds)
         table += [Throughput(*key, rows, ms, rows / ms * 1000) for key, ms in times_ms.items()]
     return table
@@ -203,7 +219,7 @@ def measure_step(contender: Contender, rows: int, rounds: int) -> StepCost:
 def step_ms(contender: Contender, rows: int, steps: int, *, previews: bool) -> float:
     """Mean time of the steps between the first and the last."""
     for params in contender.new_params(rows, num_inference_steps=steps, previews=previews):
-        contender.add(params)
+        contender.add(params, contender.engine)
     contender.engine.step()
     started_s = time.perf_counter()
     for _ in range(steps - 2):

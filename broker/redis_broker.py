@@ -187,8 +187,8 @@ class RedisBroker:
         }
 
     async def workers(self) -> list[WorkerInfo]:
-        """The live ones, as their last heartbeat described them."""
-        return [decode_worker_info(info) for info in await self._scripts.workers()]
+        """The live ones, as their last heartbeat described them; without those that another version wrote."""
+        return list(_readable_workers(await self._scripts.workers()))
 
     async def set_weight(self, owner: str, weight: int) -> None:
         """How many places an owner's line moves per turn; 1 unless set."""
@@ -327,6 +327,14 @@ def _readable_events(entries: Sequence[Entry]) -> Iterator[LoggedEvent]:
             yield LoggedEvent(int(fields[b"seq"]), decode_event(fields))
         except (KeyError, ValidationError):
             log.exception("reply %s can't be read", entry_id)
+
+
+def _readable_workers(infos: Sequence[bytes]) -> Iterator[WorkerInfo]:
+    for info in infos:
+        try:
+            yield decode_worker_info(info)
+        except ValidationError:
+            log.warning("a worker can't be read; is it of another version? %.200s", info)
 
 
 def _abort(fields: dict[bytes, bytes]) -> Abort:

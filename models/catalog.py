@@ -114,6 +114,8 @@ class ModelSpec(_Entry):
             raise ValueError(f"default_scheduler {self.default_scheduler!r} is none of {', '.join(self.schedulers)}")
         if missing := [size for size in self.warm_sizes if size not in self.sizes]:
             raise ValueError(f"warm_sizes {missing} are not in sizes")
+        if self.warm_sizes[0] != self.sizes[0]:
+            raise ValueError(f"warm_sizes must begin with the default size {self.sizes[0]}, got {self.warm_sizes[0]}")
         num_rows = self.num_rows(self.max_num_images, self.guidance_scale.max)
         if num_rows > self.max_batch_size:
             raise ValueError(

@@ -68,7 +68,7 @@ class FewStepPipeline(ABC):
     ) -> Tensor:
         """The network's output "b c h w" for latents "b c h w" at timesteps "b", one conditioning per row.
 
-        `guidance_scales` "b" is read by networks that embed it (`spec.guidance_embedded`), and by no others.
+        `guidance_scales` "b", on the CPU, is read by networks that embed it (`spec.guidance_embedded`) alone.
         """
 
     @abstractmethod
@@ -78,6 +78,11 @@ class FewStepPipeline(ABC):
     @abstractmethod
     def preview(self, latents: Tensor) -> Tensor:
         """As `decode`, by the tiny decoder; by the full one where the model has none."""
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the CPU, without making the host wait for what a GPU still computes."""
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def to_pixels(images: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CORES = torch.get_num_threads()  # before any batch was shared: `SharedRows` changes it for whoever asks later
 
 # oneDNN makes a kernel for each operation and number of rows, and keeps 1024: fewer than one model has. When it looks
 # for the first one, it reads how many to keep.
@@ -25,14 +27,15 @@ def keep_kernels() -> None:
 
 
 class SharedRows:
-    """`num_threads` are torch's own unless given. Calls come from one thread, the one that owns the device.
+    """`num_threads` are all cores unless given. Calls come from one thread, the one that owns the device; its number of
+    torch threads stays as the last call left it.
 
     `expect` tells how many rows the coming calls belong to. Threads that share operations spin for a while when one
     ends; so where a batch is shared by rows, what is computed for one of its rows alone must not wake them.
     """
 
     def __init__(self, num_threads: int | None = None) -> None:
-        self.num_threads = num_threads or torch.get_num_threads()
+        self.num_threads = num_threads or CORES
         self._pool = ThreadPoolExecutor(max(1, self.num_threads - 1), thread_name_prefix="rows")
         self._threads_per_row = self.num_threads
 
@@ -50,7 +53,11 @@ class SharedRows:
             num_parts = min(self.num_threads // self._threads_per_row, len(inputs[0]))
             parts = list(zip(*(torch.tensor_split(tensor, num_parts) for tensor in inputs), strict=True))
             others = [self._pool.submit(self._run, network, part) for part in parts[1:]]
-            return _join([self._run(network, parts[0]), *(other.result() for other in others)])
+            try:
+                first = self._run(network, parts[0])
+            finally:
+                wait(others)
+            return _join([first, *(other.result() for other in others)])
 
         return shared
 

@@ -9,11 +9,15 @@ from models.catalog import ModelSpec
 
 
 class Holdings:
-    """A request is owned from delivery until its end is in Redis; it takes rows until the engine is done with it."""
+    """A request is owned from delivery until its end is in Redis; it takes rows until the engine is done with it.
+
+    `max_rows` is how many rows of each model are held: about one batch. What waits beyond it waits in the queue, where
+    its order can still change.
+    """
 
     def __init__(self, specs: Mapping[str, ModelSpec]) -> None:
         self._specs = specs
-        self.max_rows = max(spec.max_batch_size for spec in specs.values())
+        self.max_rows = {name: spec.max_batch_size for name, spec in specs.items()}
         self._owned: dict[str, Delivery] = {}
         self._rows: dict[str, int] = {}
 
@@ -46,14 +50,14 @@ class Holdings:
         return len(self._rows)
 
     def has_room_for(self, delivery: Delivery) -> bool:
-        """Whoever holds nothing takes anything. Live work always fits: going back, it would be overtaken."""
-        is_first = not self._rows
-        return is_first or delivery.job.lane == "live" or self._count_rows(delivery) <= self.room
+        """Any room takes one request, however wide: handed back, it would come again and never find more. Live work
+        always fits: going back, it would be overtaken."""
+        return delivery.job.lane == "live" or self.room(delivery.job.model) > 0
 
-    @property
-    def room(self) -> int:
-        """Rows that may still be taken: about one batch is held, never more."""
-        return max(0, self.max_rows - self.num_rows)
+    def room(self, model: str) -> int:
+        """Rows of `model` that may still be taken."""
+        held = (rows for request_id, rows in self._rows.items() if self._owned[request_id].job.model == model)
+        return max(0, self.max_rows[model] - sum(held))
 
     def _count_rows(self, delivery: Delivery) -> int:
         params = delivery.job.params

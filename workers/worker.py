@@ -70,7 +70,7 @@ class Worker:
         self._detail = ""
         self._warm_models: tuple[WarmModel, ...] = ()
         self._holdings = Holdings(self._specs)
-        self._has_room = asyncio.Event()
+        self._has_room = {name: asyncio.Event() for name in self._specs}
         self._stop = asyncio.Event()
         self._publishing: set[asyncio.Task[None]] = set()
         self._heard_until = "0"  # how far the aborts were read
@@ -132,9 +132,10 @@ class Worker:
         if self._stop.is_set():
             return
         self._enter(WorkerState.STARTING, WorkerState.READY)
-        self._holdings.max_rows = max(costs.max_rows for warm in self._warm_models for costs in warm.sizes)
+        for warm in self._warm_models:
+            self._holdings.max_rows[warm.model] = max(costs.max_rows for costs in warm.sizes)
         self._renewer.start()
-        self._has_room.set()
+        self._tell_room()
         async with asyncio.TaskGroup() as background:
             receivers = [
                 background.create_task(_keep_doing(self._receive, name, until=self._stop)) for name in self._specs
@@ -149,7 +150,8 @@ class Worker:
             self._enter(WorkerState.READY, WorkerState.DRAINING)
             # Take nothing new. A read under way is not cancelled: what it was just given would be lost.
             reclaim.cancel()
-            self._has_room.set()
+            for has_room in self._has_room.values():
+                has_room.set()
             await asyncio.wait(receivers)
             # Let what runs finish; leases are renewed and aborts obeyed meanwhile.
             await self._drain()
@@ -205,15 +207,17 @@ class Worker:
             # Steps go before the decodes of workers/engine/decoding.py, which have the default priority 0.
             torch.cuda.set_stream(cast(Any, torch.cuda.Stream)(self._device, priority=-1))
         runners = {name: self._load(spec) for name, spec in self._specs.items()}
-        engine = Engine(runners, self.metrics.observe_step)
+        engine = Engine(runners)
         self._warm_models = tuple(self._warm_up(engine, name) for name in self._specs)
-        return engine
+        for runner in runners.values():
+            runner.observe_prompts = self.metrics.observe_prompts
+        return Engine(runners, self.metrics.observe_step)
 
     def _load(self, spec: ModelSpec) -> ModelRunner:
         self._report(spec.name, "loading")
         pipeline = load_pipeline(spec, self._device, self._dtype, cuda_graphs=self.settings.cuda_graphs)
         padded = batch_sizes(spec, self._device) if self._device.type == "cuda" else None
-        return ModelRunner(pipeline, padded, self.metrics.observe_prompts)
+        return ModelRunner(pipeline, padded)
 
     def _warm_up(self, engine: Engine, model: str) -> WarmModel:
         warm_model = warm_up(engine, model, lambda detail: self._report(model, f"warming {detail}"))
@@ -232,16 +236,21 @@ class Worker:
     # From Redis to the engine
 
     async def _receive(self, model: str) -> None:
-        await self._has_room.wait()
-        if self._holdings.room:
-            await self._take(await self._broker.receive(self.worker_id, model, self._holdings.room))
+        await self._has_room[model].wait()
+        if room := self._holdings.room(model):
+            await self._take(await self._broker.receive(self.worker_id, model, room))
         else:
-            self._has_room.clear()
+            self._has_room[model].clear()
+
+    def _tell_room(self) -> None:
+        for model, has_room in self._has_room.items():
+            if self._holdings.room(model):
+                has_room.set()
 
     async def _reclaim(self) -> None:
         await asyncio.sleep(self.settings.lease_s / 2 * random.uniform(0.8, 1.2))
         for name in self._specs:
-            if room := self._holdings.room:
+            if room := self._holdings.room(name):
                 await self._take(await self._broker.reclaim(self.worker_id, name, self.settings.lease_s, room))
 
     async def _take(self, deliveries: list[Delivery]) -> None:
@@ -279,8 +288,7 @@ class Worker:
                 self._holdings.free_rows(output.request.request_id)
                 self._publish(self._publisher.publish_ending(output))
         self.metrics.running.set(self._holdings.num_rows)
-        if self._holdings.room:
-            self._has_room.set()
+        self._tell_room()
 
     def _publish(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.catalog import ModelSpec
 from models.graphs import Graphed
-from models.pipeline import Conditioning, FewStepPipeline, to_pixels
+from models.pipeline import Conditioning, FewStepPipeline, to_device, to_pixels
 from models.rows import SharedRows
 from models.tracing import Traced
 
@@ -84,8 +84,8 @@ class LatentDiffusion(FewStepPipeline):
 
     def _embed(self, guidance_scales: Tensor) -> Tensor:
         """A full LCM reads w = guidance - 1 as an embedding (Luo et al. 2023, section 4.3)."""
-        embedding: Tensor = self._embed_guidance(guidance_scales.cpu() - 1, embedding_dim=self._guidance_width)
-        return embedding.to(self.device)
+        embedding: Tensor = self._embed_guidance(guidance_scales - 1, embedding_dim=self._guidance_width)
+        return to_device(embedding, self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         return to_pixels(self._decode_full(latents))

@@ -41,7 +41,7 @@ class StableDiffusionXL(LatentDiffusion):
         return Conditioning(embeds, pooled, truncated_text(self._tokenizers[0], text))
 
     def added_inputs(self, latents: Tensor, conditionings: Sequence[Conditioning]) -> list[Tensor]:
-        pooled = [conditioning.pooled for conditioning in conditionings if conditioning.pooled is not None]
+        pooled = [_pooled(conditioning) for conditioning in conditionings]
         return [torch.stack(pooled), self._time_ids(latents).expand(len(latents), -1)]
 
     def _time_ids(self, latents: Tensor) -> Tensor:
@@ -51,6 +51,11 @@ class StableDiffusionXL(LatentDiffusion):
             ids = torch.tensor([height, width, 0, 0, height, width], dtype=self.dtype, device=self.device)
             self._known_time_ids[height, width] = ids
         return self._known_time_ids[height, width]
+
+
+def _pooled(conditioning: Conditioning) -> Tensor:
+    assert conditioning.pooled is not None, "a conditioning of another family"
+    return conditioning.pooled
 
 
 def _text_network(text_encoder: Any, text_encoder_2: Any) -> Callable[..., tuple[Tensor, Tensor]]:

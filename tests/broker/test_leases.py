@@ -303,3 +303,10 @@ async def test_a_paused_worker_neither_finishes_nor_steals_back(
     assert await broker.finish("survivor", completed("r", b"the survivor's"))
     assert (await broker.status("r")).log[-1].event == completed("r", b"the survivor's")
     assert await run_all(broker) == []
+
+
+async def test_a_worker_of_another_version_is_left_out(broker: RedisBroker) -> None:
+    known = WorkerInfo("known", "ready", "cpu", "float32", (make_warm(MODEL),))
+    await broker.register(known, ttl_s=5)
+    await broker._scripts.register("strange", b'{"worker_id": "strange", "warm_models": [{"step_ms": {}}]}', 5)
+    assert await broker.workers() == [known]

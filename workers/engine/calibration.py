@@ -11,7 +11,7 @@ import torch
 from broker.messages import Delivery, Job, SamplingParams, SizeCosts, WarmModel
 from models.catalog import ModelSpec, Size
 from models.pipeline import FewStepPipeline
-from workers.engine.decoding import decoder_for
+from workers.engine.decoding import Decode, decoder_for
 from workers.engine.engine import Engine, run_until_done
 from workers.engine.outputs import Finished, GenerationFailed, PreviewReady
 from workers.engine.request import RequestState
@@ -19,6 +19,7 @@ from workers.engine.request import RequestState
 CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 NUM_STEPS = 3
+NUM_DECODES = 4
 MAX_KERNELS_S = 3.0
 # A larger batch must be cheaper per row by this much: measured times are never exact, and each row waits for all.
 WORTHWHILE = 0.02
@@ -40,6 +41,7 @@ def warm_up(engine: Engine, model: str, report: Progress = lambda _: None) -> Wa
     rows = batch_sizes(spec, runner.pipeline.device)
     sizes = tuple(_measure_size(engine, spec, size, rows, report) for size in spec.warm_sizes)
     text_ms = _text_ms(runner.pipeline)
+    runner.forget_prompts()
     runner.warm_model = WarmModel(spec.name, spec.public_revision, spec.max_batch_size, text_ms, sizes)
     return runner.warm_model
 
@@ -81,8 +83,9 @@ def _measure_size(engine: Engine, spec: ModelSpec, size: Size, rows: Sequence[in
             for request in _generate(engine, spec, size, num_rows, previews=previews)
         ]
         step_ms[num_rows] = round(min(ms for request in finished for ms in request.steps_ms), 3)
-        decode_ms[num_rows] = round(min(request.decode_ms for request in finished), 3)
-        preview_ms[num_rows] = round(_preview_ms(engine, spec, size, num_rows), 3)
+        pipeline = engine.runners[spec.name].pipeline
+        decode_ms[num_rows] = round(_decode_ms(pipeline, pipeline.decode, size, num_rows), 3)
+        preview_ms[num_rows] = round(_decode_ms(pipeline, pipeline.preview, size, num_rows), 3)
     _make_kernels(engine, spec, size, rows)
     return SizeCosts(*size, useful_rows(step_ms), step_ms, decode_ms, preview_ms)
 
@@ -124,14 +127,13 @@ def _generate(
     return [output.request for output in outputs if isinstance(output, Finished)]
 
 
-def _preview_ms(engine: Engine, spec: ModelSpec, size: Size, num_rows: int) -> float:
-    """What previews add to a step: decoding `num_rows` pictures by the decoder that previews use."""
-    pipeline = engine.runners[spec.name].pipeline
+def _decode_ms(pipeline: FewStepPipeline, decode: Decode, size: Size, num_rows: int) -> float:
+    """All rows, as one request's."""
     latents = torch.randn(num_rows, *pipeline.latent_shape(*size)).to(pipeline.device)
+    decoder = decoder_for(pipeline.device)
     pipeline.expect_rows(num_rows)
     with torch.inference_mode():
-        pending = [decoder_for(pipeline.device).start(pipeline.preview, [latents]) for _ in range(2)]
-    return min(pixels.collect()[1] for (pixels,) in pending)
+        return min(decoder.start(decode, [latents])[0].collect()[1] for _ in range(NUM_DECODES))
 
 
 def _check_picture(spec: ModelSpec, output: Finished | PreviewReady) -> None:
@@ -161,7 +163,7 @@ def _job(spec: ModelSpec, size: Size, index: int, prompt: str, *, previews: bool
         width=size[0],
         height=size[1],
         num_inference_steps=min(num_steps, spec.num_inference_steps.max),
-        guidance_scale=spec.guidance_scale.default,
+        guidance_scale=spec.guidance_scale.default if spec.guidance_embedded else 0.0,
         seed=index,
         scheduler=spec.default_scheduler,
         num_images=1,

@@ -17,6 +17,7 @@ from workers.engine.scheduler import Batch, Scheduler
 logger = logging.getLogger(__name__)
 
 NEWER_WITHIN_MS = 300
+POLL_S = 0.0005
 
 
 class Engine:
@@ -49,8 +50,7 @@ class Engine:
             if request.request_id == abort.request_id and (
                 abort.reason != "newer" or _is_worth_stopping(request, abort)
             ):
-                request.abort = abort
-                request.asked_to_stop_s = time.perf_counter() if asked_s is None else asked_s
+                request.stop(abort, time.perf_counter() if asked_s is None else asked_s)
 
     @property
     def has_work(self) -> bool:
@@ -83,15 +83,13 @@ class Engine:
             self._scheduler.remove(request)
 
     def _collect(self, *, may_wait: bool) -> list[EngineOutput]:
-        """Pictures that are ready; the oldest in any case, where the device has nothing better to do."""
-        decodings, self._decodings = self._decodings, []
-        outputs: list[EngineOutput] = []
-        for decoding in decodings:
-            if decoding.is_ready() or (may_wait and not outputs):
-                outputs.append(decoding.output())
-            else:
-                self._decodings.append(decoding)
-        return outputs
+        """The pictures that are ready. With nothing else to do it waits for them a little, and no longer: a new request
+        may come meanwhile."""
+        ready = [decoding for decoding in self._decodings if decoding.is_ready()]
+        self._decodings = [decoding for decoding in self._decodings if decoding not in ready]
+        if may_wait and self._decodings and not ready:
+            time.sleep(POLL_S)
+        return [decoding.output() for decoding in ready]
 
     def _stop_unwanted(self) -> list[EngineOutput]:
         now_s = time.perf_counter()

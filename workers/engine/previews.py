@@ -13,8 +13,8 @@ SHARE = 0.15  # of the steps' time that may go into previews
 class PreviewBudget:
     """Every step earns a share of its own time; previews are drawn as far as their measured cost has been earned.
 
-    Earnings are kept only until they pay for a preview. So a step is held up by its share at most; where one request's
-    preview costs more than that, it comes after every second or third step. Requests take turns.
+    Requests take turns. Where a step's share doesn't pay for the next one's preview, it is saved up for that, and for
+    no more: previews then come after every second or third step.
     """
 
     def __init__(self) -> None:
@@ -22,10 +22,13 @@ class PreviewBudget:
 
     def choose(self, wanted: Sequence[RequestState], costs: SizeCosts, num_rows: int) -> list[RequestState]:
         """Those of `wanted` that get a preview after this step of `num_rows` rows."""
-        self._earned_ms += SHARE * cost_at(costs.step_ms, num_rows)
+        in_turn = sorted(wanted, key=lambda request: request.num_previews)
+        share_ms = SHARE * cost_at(costs.step_ms, num_rows)
+        next_ms = cost_at(costs.preview_ms, in_turn[0].params.num_images)
+        self._earned_ms = min(self._earned_ms + share_ms, max(share_ms, next_ms))
         chosen: list[RequestState] = []
         num_pictures = 0
-        for request in sorted(wanted, key=lambda request: request.num_previews):
+        for request in in_turn:
             num_pictures += request.params.num_images
             if cost_at(costs.preview_ms, num_pictures) > self._earned_ms:
                 break

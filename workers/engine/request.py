@@ -155,7 +155,14 @@ class RequestState:
         """After the coming step. The last one needs none: the picture itself is on the way."""
         return self.params.previews and self.denoising is not None and not self.denoising.is_at_last_step
 
+    def stop(self, abort: Abort, asked_s: float) -> None:
+        """At the next step boundary. The first wish counts as the moment from which work is in vain."""
+        if self.abort is None:
+            self.asked_to_stop_s = asked_s
+        self.abort = abort
+
     def restart(self) -> None:
         """Forget everything computed so far: the same seed will draw the same noise again."""
         self.denoising = None
+        self.num_previews = 0
         self.steps_ms.clear()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from broker.messages import WarmModel
 from models.catalog import Size
-from models.pipeline import Conditioning, FewStepPipeline
+from models.pipeline import Conditioning, FewStepPipeline, to_device
 from models.schedules import predict_x0
 from workers.engine.decoding import PendingPixels, decoder_for
 from workers.engine.outputs import Finished, PreviewReady
@@ -44,22 +44,17 @@ class Decoding:
 
 
 class ModelRunner:
-    """One warm model. `batch_sizes` are the row counts its network runs at (None: any); others are padded up to one.
+    """One warm model. `padded_sizes` are the row counts its network runs at (None: any); others are padded up to one.
 
-    `warm_model` is what warm-up measured. `observe_prompts(hits, misses)` hears how many prompts of each new batch
-    were already encoded.
+    `warm_model` is what warm-up measured; until then every step is waited for. `observe_prompts(hits, misses)` hears
+    how many prompts of each new batch were already encoded.
     """
 
-    def __init__(
-        self,
-        pipeline: FewStepPipeline,
-        batch_sizes: Sequence[int] | None = None,
-        observe_prompts: Callable[[int, int], None] = lambda *_: None,
-    ) -> None:
+    def __init__(self, pipeline: FewStepPipeline, padded_sizes: Sequence[int] | None = None) -> None:
         self.pipeline = pipeline
-        self.batch_sizes = batch_sizes
         self.warm_model: WarmModel | None = None
-        self._observe_prompts = observe_prompts
+        self.observe_prompts: Callable[[int, int], None] = lambda *_: None
+        self._padded_sizes = padded_sizes
         self._prompts: OrderedDict[str | None, Conditioning] = OrderedDict()
         self._decoder = decoder_for(pipeline.device)
         self._previews = PreviewBudget()
@@ -85,6 +80,9 @@ class ModelRunner:
             request.denoising = self._start(request)
         while len(self._prompts) > MAX_CACHED_PROMPTS:
             self._prompts.popitem(last=False)
+
+    def forget_prompts(self) -> None:
+        self._prompts.clear()
 
     def step(self, requests: Sequence[RequestState]) -> list[Decoding]:
         """One denoising step of every request, in one forward pass. Returns the previews that it started."""
@@ -117,7 +115,7 @@ class ModelRunner:
 
     def _encode(self, texts: Collection[str | None]) -> None:
         missing = [text for text in texts if text not in self._prompts]
-        self._observe_prompts(len(texts) - len(missing), len(missing))
+        self.observe_prompts(len(texts) - len(missing), len(missing))
         if missing:
             padded = missing + missing[-1:] * self._padding(len(missing))
             self._prompts.update(zip(missing, self.pipeline.encode_prompts(padded), strict=False))
@@ -133,7 +131,7 @@ class ModelRunner:
         shape = self.pipeline.latent_shape(params.width, params.height)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return Denoising(
-            latents=self._to_device(noise) * schedule.init_noise_sigma,
+            latents=to_device(noise, self.pipeline.device) * schedule.init_noise_sigma,
             schedule=schedule,
             step_arguments=factory.step_arguments | ({"generator": generators} if factory.takes_generator else {}),
             conditioning=self._prompts[params.prompt],
@@ -154,20 +152,15 @@ class ModelRunner:
             latents = torch.cat([latents, latents[-1:].expand(padding, -1, -1, -1)])
             timesteps_and_scales = torch.nn.functional.pad(timesteps_and_scales, (0, padding), mode="replicate")
             conditionings += conditionings[-1:] * padding
-        timesteps, guidance_scales = self._to_device(timesteps_and_scales)
+        timesteps, guidance_scales = timesteps_and_scales
+        timesteps = to_device(timesteps, self.pipeline.device)
         output = self.pipeline.predict(latents, timesteps, conditionings, guidance_scales)
         return list(torch.split(output[: len(output) - padding], [len(row) for row in rows]))
 
     def _padding(self, num_rows: int) -> int:
-        if self.batch_sizes is None:
+        if self._padded_sizes is None:
             return 0
-        return min((size for size in self.batch_sizes if size >= num_rows), default=num_rows) - num_rows
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """Without making the host wait for what the GPU still computes."""
-        if self.pipeline.device.type != "cuda":
-            return tensor
-        return tensor.contiguous().pin_memory().to(self.pipeline.device, non_blocking=True)
+        return min((size for size in self._padded_sizes if size >= num_rows), default=num_rows) - num_rows
 
     def _keep_pace(self) -> None:
         """Lets the host prepare the next step while a GPU computes this one, but run no further ahead: a stop would
@@ -175,9 +168,10 @@ class ModelRunner:
         if self.pipeline.device.type != "cuda":
             return
         before, self._last_step = self._last_step, cast(Any, torch.cuda.Event)()
-        self._last_step.record()
-        if before is not None:
-            before.synchronize()
+        self._last_step.record(torch.cuda.current_stream(self.pipeline.device))
+        awaited = self._last_step if self.warm_model is None else before
+        if awaited is not None:
+            awaited.synchronize()
 
     def _choose_previews(self, requests: Sequence[RequestState]) -> list[RequestState]:
         wanted = [request for request in requests if request.wants_preview]

@@ -33,7 +33,7 @@ class Scheduler(Generic[R]):
     """Two rooms: `waiting` and `running`. A request enters the running batch of its group at any step, as soon as
     its rows fit under `max_rows(request)`. Of several groups (models, sizes) the one with the most urgent request runs.
 
-    Nobody starves: a request's due time never moves, and what comes later is due later.
+    Nobody starves: a request's due time never moves, so what comes much later is due later.
     """
 
     def __init__(self, max_rows: Callable[[R], int]) -> None:

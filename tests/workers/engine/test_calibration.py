@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -77,3 +79,24 @@ def test_latents_that_are_not_finite_fail_the_start(
     monkeypatch.setattr(pipeline, "predict", lambda latents, *_: torch.full_like(latents, float("nan")))
     with pytest.raises(WarmUpError, match="not finite"):
         warm_up(engine, "small")
+
+
+def test_a_batch_that_only_runs_one_by_one_fails_the_start(
+    engine: Engine, pipeline: FewStepPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine goes on after a batch that didn't fit; a cost table of such batches would be wrong."""
+    predict = pipeline.predict
+
+    def predict_few(latents: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if len(latents) > 4:
+            raise torch.OutOfMemoryError("no room")
+        return predict(latents, *arguments)
+
+    monkeypatch.setattr(pipeline, "predict", predict_few)
+    with pytest.raises(WarmUpError, match=r"32x32, batch 8 ran only one by one: lower max_batch_size \(16\)"):
+        warm_up(engine, "small")
+
+
+def test_warm_up_leaves_no_prompts_behind(engine: Engine) -> None:
+    warm_up(engine, "small")
+    assert not engine.runners["small"]._prompts

@@ -262,6 +262,18 @@ def test_a_preview_that_costs_more_than_a_steps_share_comes_less_often(engine: E
     assert previews_per_step(engine, 7) == [0, 0, 1, 0, 0, 1, 0]
 
 
+def test_what_is_saved_for_a_grid_is_not_spent_at_once_by_others(engine: Engine) -> None:
+    """A step of 2 rows earns 2.1 ms; the grid needs 4 ms, so it waits for two steps, and then all start again."""
+    engine.runners["small"].warm_model = make_warm(step_ms={1: 14.0, 8: 14.0}, preview_ms={1: 1.0, 4: 4.0})
+    engine.add(make_delivery("grid", previews=True, num_images=4, num_inference_steps=10))
+    assert previews_per_step(engine, 1) == [0]
+    engine.abort(Abort("grid", "cancelled"))
+    for number in range(6):
+        engine.add(make_delivery(str(number), previews=True, num_inference_steps=10))
+    engine.step()
+    assert previews_per_step(engine, 3) == [2, 2, 2]
+
+
 class SlowPixels:
     """Pixels that a device is still working on."""
 
@@ -293,5 +305,7 @@ def test_a_decode_under_way_holds_nobody_up(engine: Engine, monkeypatch: pytest.
     slow[0].is_done = True
     assert ids(engine.step(), Finished) == ["short"]
     assert engine.has_work
-    assert ids(engine.step(), Finished) == ["long"], "with nothing else to do it waits for the picture"
+    assert engine.step() == [], "nothing else to do, but a new request may come: it doesn't wait for long"
+    slow[1].is_done = True
+    assert ids(engine.step(), Finished) == ["long"]
     assert not engine.has_work
