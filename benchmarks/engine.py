@@ -32,7 +32,8 @@ from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, load_diffusers, load_pipeline
 from models.pipeline import FewStepPipeline
 from models.rows import CORES
-from workers.engine import Engine, EngineOutput, Finished
+from workers.engine import Engine, EngineOutput, Finished, PreviewReady
+from workers.engine.calibration import warm_up
 from workers.engine.engine import run_until_done
 from workers.engine.outputs import Pixels
 from workers.engine.runner import ModelRunner
@@ -51,12 +52,14 @@ class Throughput:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step of `rows` requests. `network_share` is the part that the network itself takes."""
+    """One step of `rows` requests. `previews` are drawn after it where all of them want one, as many as their budget
+    allows; `network_share` is the part of the step that the network itself takes."""
 
     dtype: str
     rows: int
     step_ms: float
     with_previews_ms: float
+    previews: float
     preview_share: float
     network_share: float
 
@@ -107,10 +110,18 @@ class Contender:
         pipeline = load_pipeline(spec, device, getattr(torch, dtype))
         self.pipeline = NetworkTimer(pipeline)
         self.engine = Engine({spec.name: ModelRunner(cast(FewStepPipeline, self.pipeline))})
+        self._warm_up()
         unshared = NetworkTimer(pipeline, shares_rows=False)
         self.unshared_engine = Engine({spec.name: ModelRunner(cast(FewStepPipeline, unshared))})
         self._prompts = endless_prompts(seed=1)
         self._numbers = itertools.count()
+
+    def _warm_up(self) -> None:
+        """As a worker does it, but that batches may grow as far as asked for here."""
+        runner = self.engine.runners[self.spec.name]
+        warm = warm_up(self.engine, self.spec.name)
+        sizes = tuple(replace(costs, max_rows=self.spec.max_batch_size) for costs in warm.sizes)
+        runner.warm_model = replace(warm, sizes=sizes)
 
     def draw_with_diffusers(self, all_params: Sequence[SamplingParams]) -> Pixels:
         """All in one call, with all cores: the engine has left its thread with fewer."""
@@ -204,29 +215,32 @@ def take_turns(programs: dict[tuple[str, str], Callable[[], object]], rounds: in
 
 
 def measure_step(contender: Contender, rows: int, rounds: int) -> StepCost:
-    plain, previewed, network = [], [], []
-    steps = max(3, contender.steps)  # the last one has no preview, the first also encodes prompts
+    plain, previewed, network, previews = [], [], [], []
+    steps = max(4, contender.steps)  # the last one has no preview, the first also encodes prompts
     for _ in range(rounds):
         contender.pipeline.network_s = 0.0
-        plain.append(step_ms(contender, rows, steps, previews=False))
+        plain.append(time_steps(contender, rows, steps, previews=False)[0])
         network.append(contender.pipeline.network_s * 1000 / steps)
-        previewed.append(step_ms(contender, rows, steps, previews=True))
+        with_previews_ms, num_previews = time_steps(contender, rows, steps, previews=True)
+        previewed.append(with_previews_ms)
+        previews.append(num_previews)
     step, preview = statistics.median(plain), statistics.median(previewed)
     share = statistics.median(network) / step
-    return StepCost(contender.dtype, rows, step, preview, preview / step - 1, share)
+    return StepCost(contender.dtype, rows, step, preview, statistics.mean(previews), preview / step - 1, share)
 
 
-def step_ms(contender: Contender, rows: int, steps: int, *, previews: bool) -> float:
-    """Mean time of the steps between the first and the last."""
+def time_steps(contender: Contender, rows: int, steps: int, *, previews: bool) -> tuple[float, float]:
+    """Mean milliseconds and previews of the steps between the first and the last."""
     for params in contender.new_params(rows, num_inference_steps=steps, previews=previews):
         contender.add(params, contender.engine)
     contender.engine.step()
+    num_previews = 0
     started_s = time.perf_counter()
     for _ in range(steps - 2):
-        contender.engine.step()
+        num_previews += sum(isinstance(output, PreviewReady) for output in contender.engine.step())
     elapsed_ms = (time.perf_counter() - started_s) * 1000 / (steps - 2)
     run_until_done(contender.engine)
-    return elapsed_ms
+    return elapsed_ms, num_previews / (steps - 2)
 
 
 def measure_exactness(contender: Contender, pictures: int = 8) -> list[Exactness]:

@@ -49,7 +49,7 @@ class BatchDecoder:
         return [DonePixels(part.numpy(), decode_ms) for part in torch.split(pixels, [len(rows) for rows in latents])]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DonePixels:
     pixels: Pixels
     decode_ms: float
@@ -87,7 +87,7 @@ def _copy_to_host(pixels: Tensor) -> Tensor:
     return host.copy_(pixels, non_blocking=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StreamedPixels:
     rows: list[Tensor]
     started: Any  # torch.cuda.Event

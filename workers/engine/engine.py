@@ -86,7 +86,8 @@ class Engine:
         """The pictures that are ready. With nothing else to do it waits for them a little, and no longer: a new request
         may come meanwhile."""
         ready = [decoding for decoding in self._decodings if decoding.is_ready()]
-        self._decodings = [decoding for decoding in self._decodings if decoding not in ready]
+        for decoding in ready:
+            self._decodings.remove(decoding)
         if may_wait and self._decodings and not ready:
             time.sleep(POLL_S)
         return [decoding.output() for decoding in ready]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from workers.engine.request import Denoising, RequestState
 MAX_CACHED_PROMPTS = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Decoding:
     """Pictures of one request on their way: those after step `preview_step`, or its final ones."""
 
@@ -90,18 +90,18 @@ class ModelRunner:
         states = [_denoising(request) for request in requests]
         inputs = [state.model_input() for state in states]
         outputs = self._predict(states, inputs)
-        previewed = self._choose_previews(requests)
-        x0s: list[Tensor] = []
+        previewed = set(self._choose_previews(requests))
+        x0s: dict[RequestState, Tensor] = {}
         for request, state, model_input, output in zip(requests, states, inputs, outputs, strict=True):
             model_output, timestep = state.guide(output), state.timestep
             state.advance(model_output)
             if request in previewed:
-                x0s.append(predict_x0(state.schedule, model_output, timestep, model_input))
+                x0s[request] = predict_x0(state.schedule, model_output, timestep, model_input)
         self._keep_pace()
         for request in requests:
             request.steps_ms.append(_ms_since(started_s))
             request.denoised_s = time.perf_counter()
-        return self._preview(previewed, x0s)
+        return self._preview(x0s)
 
     def decode(self, requests: Sequence[RequestState]) -> list[Decoding]:
         """Starts to decode finished requests, each by the decoder that it asked for."""
@@ -180,13 +180,11 @@ class ModelRunner:
         costs = self.warm_model.find_costs(*requests[0].size)
         return self._previews.choose(wanted, costs, sum(request.num_rows for request in requests))
 
-    def _preview(self, requests: Sequence[RequestState], x0s: Sequence[Tensor]) -> list[Decoding]:
-        if not requests:
+    def _preview(self, x0s: Mapping[RequestState, Tensor]) -> list[Decoding]:
+        if not x0s:
             return []
-        pending = self._decoder.start(self.pipeline.preview, x0s)
-        return [
-            Decoding(request, pixels, request.step_index) for request, pixels in zip(requests, pending, strict=True)
-        ]
+        pending = self._decoder.start(self.pipeline.preview, list(x0s.values()))
+        return [Decoding(request, pixels, request.step_index) for request, pixels in zip(x0s, pending, strict=True)]
 
 
 def _texts(request: RequestState) -> list[str | None]:

@@ -262,6 +262,25 @@ def test_a_preview_that_costs_more_than_a_steps_share_comes_less_often(engine: E
     assert previews_per_step(engine, 7) == [0, 0, 1, 0, 0, 1, 0]
 
 
+def test_each_preview_is_of_its_own_request_whoever_has_the_turn(engine: Engine) -> None:
+    """Requests take turns in another order than that of the batch; the picture must still be their own."""
+    alone = {}
+    for number in range(4):
+        engine.add(make_delivery(str(number), seed=number, previews=True, num_inference_steps=6))
+        for output in run_until_done(engine):
+            if isinstance(output, PreviewReady):
+                alone[output.request.request_id, output.step] = output.pixels
+    engine.runners["small"].warm_model = make_warm(step_ms={1: 10.0}, preview_ms={1: 0.7, 4: 2.8})
+    for number in range(4):
+        engine.add(make_delivery(str(number), seed=number, previews=True, num_inference_steps=6))
+        engine.step()
+    seen = [output for output in run_until_done(engine) if isinstance(output, PreviewReady)]
+    assert len(seen) >= 6
+    for output in seen:
+        own = alone[output.request.request_id, output.step]
+        assert np.abs(output.pixels.astype(int) - own.astype(int)).max() <= 1
+
+
 def test_what_is_saved_for_a_grid_is_not_spent_at_once_by_others(engine: Engine) -> None:
     """A step of 2 rows earns 2.1 ms; the grid needs 4 ms, so it waits for two steps, and then all start again."""
     engine.runners["small"].warm_model = make_warm(step_ms={1: 14.0, 8: 14.0}, preview_ms={1: 1.0, 4: 4.0})
