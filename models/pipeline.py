@@ -77,7 +77,7 @@ class FewStepPipeline(ABC):
 
     @abstractmethod
     def preview(self, latents: Tensor) -> Tensor:
-        """As `decode`, by the tiny decoder; by the full one where the model has none."""
+        """As `decode`, by the tiny decoder; where the model has none, by a linear map from latents to colours."""
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

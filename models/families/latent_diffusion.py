@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.catalog import ModelSpec
+from models.families.latent_rgb import LatentRgb
 from models.graphs import Graphed
 from models.pipeline import Conditioning, FewStepPipeline, to_device, to_pixels
 from models.rows import SharedRows
@@ -51,7 +52,11 @@ class LatentDiffusion(FewStepPipeline):
         embedded = () if self._guidance_width is None else ("timestep_cond",)
         self._predict = self.fast(_unet_network(pipe.unet, (*self.added_names, *embedded)))
         self._decode_full = self.fast(_decoder_network(pipe.vae))
-        self._decode_tiny = self._decode_full if tiny_vae is None else self.fast(_decoder_network(tiny_vae))
+        self._decode_tiny: Callable[[Tensor], Tensor] = (
+            LatentRgb(_decoder_network(pipe.vae), self._latent_channels, self.vae_scale_factor, device)
+            if tiny_vae is None
+            else self.fast(_decoder_network(tiny_vae))
+        )
 
     def fast(self, network: Callable[..., T]) -> Callable[..., T]:
         """On a CPU networks are recorded, since the interpreter is a large part of a small step, and shared by rows."""

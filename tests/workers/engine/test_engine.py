@@ -328,3 +328,13 @@ def test_a_decode_under_way_holds_nobody_up(engine: Engine, monkeypatch: pytest.
     slow[1].is_done = True
     assert ids(engine.step(), Finished) == ["long"]
     assert not engine.has_work
+
+
+def test_of_two_models_the_one_with_the_most_urgent_request_runs(pipeline: FewStepPipeline) -> None:
+    steps: list[str] = []
+    engine = Engine({name: ModelRunner(pipeline) for name in ("small", "other")}, lambda model, *_: steps.append(model))
+    for model, lane in (("small", "api"), ("other", "live"), ("small", "api")):
+        delivery = make_delivery(model=model, num_inference_steps=2)
+        engine.add(replace(delivery, job=replace(delivery.job, lane=lane)))
+    run_until_done(engine)
+    assert steps == ["other", "other", "small", "small"]
