@@ -86,7 +86,7 @@ def main() -> None:
     }
     for rows in report.values():
         print_table(rows)
-    write_report(options, report)
+    write_report(options.json, vars(options), report)
 
 
 def parse_options() -> argparse.Namespace:

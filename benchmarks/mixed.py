@@ -97,7 +97,7 @@ def main() -> None:
     print_table(table)
     for line in compare(table):
         print(line)
-    write_report(options, {"capacity": capacity, "rate": rate, "medians": table, "rounds": rows})
+    write_report(options.json, vars(options), {"capacity": capacity, "rate": rate, "medians": table, "rounds": rows})
 
 
 def parse_options() -> argparse.Namespace:

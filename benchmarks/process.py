@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import multiprocessing
@@ -27,7 +26,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +37,9 @@ from app.admission import Defaults, complete
 from app.schemas import GenerationFields
 from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.figures import BenchmarkError, format_table
-from benchmarks.machine import REPOSITORY, describe_machine
+from benchmarks.machine import REPOSITORY
 from benchmarks.prompts import endless_prompts
+from benchmarks.report import write_report
 from benchmarks.servers import READY_WITHIN_S, CpuMeter, signal_group
 from broker.embedded import EmbeddedRedis
 from broker.messages import Abort, Accepted, Completed, Delivery, Job, Preview, Started, WarmModel
@@ -486,15 +486,8 @@ def measure(options: argparse.Namespace) -> None:
     verdict = judge(rounds)
     print(format_table(COLUMNS, (row_of(turn) for turn in table)))
     print(verdict)
-    report = {
-        "machine": describe_machine(),
-        "settings": {key: str(value) for key, value in vars(options).items()},
-        "medians": [asdict(turn) for turn in table],
-        "verdict": verdict,
-        "rounds": [asdict(turn) for turn in rounds],
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    figures = {"medians": table, "verdict": verdict, "rounds": rounds}
+    write_report(options.json, vars(options), figures)
     print(f"\nEvery round: {options.json}")
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,18 @@ def format_cell(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def write_report(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
-    """Machine, settings and `figures` (lists of dataclasses, or plain values) as JSON into the file `options.json`."""
-    path: Path = options.json
-    settings = {key: str(value) for key, value in vars(options).items()}
-    plain = {
-        name: [asdict(row) for row in value] if isinstance(value, list) else value for name, value in figures.items()
+def write_report(path: Path, settings: Mapping[str, object], figures: Mapping[str, Any]) -> None:
+    """Machine, settings and figures (lists of dataclasses, or plain values) as JSON."""
+    report = {
+        "machine": describe_machine(),
+        "settings": {key: str(value) for key, value in settings.items()},
+        **{name: _plain(value) for name, value in figures.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": describe_machine(), "settings": settings, **plain}
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [asdict(row) if is_dataclass(row) and not isinstance(row, type) else row for row in value]

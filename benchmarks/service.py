@@ -38,7 +38,8 @@ from benchmarks.figures import (
     take_medians,
 )
 from benchmarks.load import Result
-from benchmarks.machine import REPOSITORY, describe_machine
+from benchmarks.machine import REPOSITORY
+from benchmarks.report import write_report
 from benchmarks.servers import (
     Contender,
     CpuMeter,
@@ -99,7 +100,13 @@ def main() -> None:
     table = take_medians(rounds)
     verdicts = judge(table)
     print_report(table, verdicts)
-    write_report(settings, trials, rounds, table, verdicts)
+    figures = {
+        "trials": trials,
+        "medians": [turn for turn in table.values() if turn],
+        "verdicts": list(verdicts),
+        "rounds": rounds,
+    }
+    write_report(settings.json, asdict(settings), figures)
     print(f"\nEvery round: {settings.json}")
 
 
@@ -222,21 +229,6 @@ def print_report(table: Table, verdicts: Sequence[Verdict]) -> None:
     print(format_cpu(table))
     for verdict in verdicts:
         print(verdict)
-
-
-def write_report(
-    settings: Settings, trials: object, rounds: Sequence[Turn | Skipped], table: Table, verdicts: Sequence[Verdict]
-) -> None:
-    report = {
-        "machine": describe_machine(),
-        "settings": {key: str(value) for key, value in asdict(settings).items()},
-        "trials": trials,
-        "medians": [asdict(turn) for turn in table.values() if turn],
-        "verdicts": [asdict(verdict) for verdict in verdicts],
-        "rounds": [asdict(row) for row in rounds],
-    }
-    settings.json.parent.mkdir(parents=True, exist_ok=True)
-    settings.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main() -> None:
     aim = f"aim: at most {MAX_GROWTH:.0%}"
     verdict = "met" if growth <= MAX_GROWTH else "missed"
     print(f"{verdict}: grown by {growth:.1%} after the first {readings[0].generations} ({aim})")
-    write_report(options, {"growth": growth, "readings": readings})
+    write_report(options.json, vars(options), {"growth": growth, "readings": readings})
 
 
 def parse_options() -> argparse.Namespace:

@@ -25,7 +25,7 @@ import urllib.request
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 from websockets.typing import Subprotocol
 
-from benchmarks.machine import REPOSITORY, describe_machine
+from benchmarks.machine import REPOSITORY
 from benchmarks.prompts import endless_prompts
+from benchmarks.report import write_report
 from benchmarks.service import BenchmarkError, Server, free_port, running
 
 SUBPROTOCOL = Subprotocol("fewstep.live.v1")
@@ -200,15 +201,8 @@ def measure(options: argparse.Namespace) -> None:
     print_tables(table)
     verdicts = judge(table, options.keys_per_second)
     print("\n".join(verdicts))
-    report = {
-        "machine": describe_machine(),
-        "settings": {key: str(value) for key, value in vars(options).items()},
-        "medians": [asdict(row) for row in table],
-        "verdicts": verdicts,
-        "rounds": [asdict(row) for row in rounds],
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    figures = {"medians": table, "verdicts": verdicts, "rounds": rounds}
+    write_report(options.json, vars(options), figures)
     print(f"\nEvery round: {options.json}")
 
 
