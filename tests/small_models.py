@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,14 +213,18 @@ def _make_tokenizer() -> CLIPTokenizerFast:
     )
 
 
-def write_small_catalog(root: Path) -> Path:
-    """A catalog file whose only entry, "small", is `small_spec`."""
+def write_small_catalog(root: Path, names: Sequence[str] = ("small",)) -> Path:
+    """A catalog file whose entries are all `small_spec`."""
     spec = small_spec(root)
     path = root / "catalog.toml"
-    schedulers = "\n".join(f'{name} = {{ class_name = "{s.class_name}" }}' for name, s in spec.schedulers.items())
-    path.write_text(
-        f"""
-[small]
+    path.write_text("".join(_write_entry(name, spec) for name in names), encoding="utf-8")
+    return path
+
+
+def _write_entry(name: str, spec: ModelSpec) -> str:
+    schedulers = "\n".join(f'{key} = {{ class_name = "{s.class_name}" }}' for key, s in spec.schedulers.items())
+    return f"""
+[{name}]
 description = "{spec.description}"
 family = "sd"
 source = "{spec.source}"
@@ -231,9 +236,6 @@ guidance_scale = {{ default = 0, min = 0, max = 5 }}
 sizes = [[32, 32], [48, 32]]
 warm_sizes = [[32, 32]]
 max_batch_size = 8
-[small.schedulers]
+[{name}.schedulers]
 {schedulers}
-""",
-        encoding="utf-8",
-    )
-    return path
+"""

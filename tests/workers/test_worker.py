@@ -19,7 +19,7 @@ from PIL import Image
 
 from broker.embedded import EmbeddedRedis
 from broker.errors import RequestNotFound
-from broker.messages import Cancelled, Completed, Failed, Job, JobEvent, Preview, Started, TerminalEvent
+from broker.messages import Cancelled, Completed, Expired, Failed, Job, JobEvent, Preview, Started, TerminalEvent
 from broker.redis_broker import Limits, RedisBroker
 from broker.settings import SettingsError
 from models.loading import LoadError
@@ -138,6 +138,32 @@ async def test_a_running_request_is_cancelled(settings: WorkerSettings, broker: 
         await broker.cancel(job.request_id)
         events = await events_of(broker, job)
     assert isinstance(events[job.request_id][-1], Cancelled)
+
+
+async def test_a_deadline_that_passes_while_it_runs_ends_a_request(
+    settings: WorkerSettings, broker: RedisBroker
+) -> None:
+    late = replace(make_job(num_inference_steps=50, num_images=4), deadline_ms=100)
+    in_time = replace(make_job(), deadline_ms=60_000)
+    async with running(settings, broker):
+        await submit(broker, late, in_time)
+        events = await events_of(broker, late, in_time)
+    assert isinstance(events[late.request_id][-1], Expired)
+    assert isinstance(events[in_time.request_id][-1], Completed)
+
+
+async def test_two_models_share_a_worker(settings: WorkerSettings, broker: RedisBroker, tmp_path: Path) -> None:
+    catalog = write_small_catalog(tmp_path, names=("small", "other"))
+    both = settings.model_copy(update={"catalog": catalog, "models": "small,other"})
+    jobs = [make_job(model=model, seed=seed) for seed in range(6) for model in ("small", "other")]
+    async with running(both, broker) as worker:
+        (info,) = await broker.workers()
+        assert [warm.model for warm in info.warm_models] == ["small", "other"]
+        await submit(broker, *jobs)
+        events = await events_of(broker, *jobs)
+        rows = {model: worker.metrics.rows.labels(model)._value.get() for model in ("small", "other")}
+    assert all(isinstance(log[-1], Completed) for log in events.values())
+    assert rows == {"small": 24, "other": 24}, "warm-up doesn't count"
 
 
 async def has_started(broker: RedisBroker, job: Job) -> bool:
