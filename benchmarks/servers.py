@@ -52,6 +52,13 @@ class Contender:
         finally:
             self.rest()
 
+    @property
+    def max_rows(self) -> int:
+        """Of `fewstep serve`: how far warm-up lets a batch of the default size grow."""
+        url = f"http://127.0.0.1:{self.server.port}/v1/models/{self.fields['model']}"
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(json.load(answer)["workers"][0]["sizes"][0]["max_rows"])
+
     def wake(self) -> None:
         if self.rests:
             signal_group(self.process.pid, signal.SIGCONT)

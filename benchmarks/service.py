@@ -95,6 +95,7 @@ def main() -> None:
         with start_programs(settings) as programs:
             rounds = [row for number in range(settings.rounds) for row in run_round(programs, settings, number)]
             trials = programs.floor.trials + programs.ceiling.trials
+            max_rows = programs.servers[0].max_rows
     except BenchmarkError as error:
         sys.exit(f"benchmark failed: {error}")
     table = take_medians(rounds)
@@ -102,12 +103,13 @@ def main() -> None:
     print_report(table, verdicts)
     figures = {
         "trials": trials,
+        "max_rows": max_rows,
         "medians": [turn for turn in table.values() if turn],
         "verdicts": list(verdicts),
         "rounds": rounds,
     }
     write_report(settings.json, asdict(settings), figures)
-    print(f"\nEvery round: {settings.json}")
+    print(f"The service lets a batch grow to {max_rows} rows.\n\nEvery round: {settings.json}")
 
 
 def parse_options() -> Settings:

@@ -22,10 +22,12 @@ from benchmarks.servers import Contender, Drawing, fewstep_server
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds from the start of the command until it was ready, and what the first picture took then."""
+    """Seconds from the start of the command until it was ready, what the first picture took then, and how far warm-up
+    lets a batch grow."""
 
     ready_s: float
     first_picture_ms: float
+    max_rows: int
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def measure(drawing: Drawing) -> Start:
     started_s = time.perf_counter()
     with fewstep_server(drawing) as service:
         ready_s = time.perf_counter() - started_s
-        return Start(ready_s, draw(service))
+        return Start(ready_s, draw(service), service.max_rows)
 
 
 def draw(service: Contender) -> float:
