@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from broker.messages import Abort
+from broker.messages import Abort, Lane
 from models.pipeline import Conditioning, FewStepPipeline
 from tests.jobs import make_delivery, make_warm
 from workers.engine import Aborted, Engine, EngineOutput, Finished, GenerationFailed, PreviewReady
@@ -333,7 +333,8 @@ def test_a_decode_under_way_holds_nobody_up(engine: Engine, monkeypatch: pytest.
 def test_of_two_models_the_one_with_the_most_urgent_request_runs(pipeline: FewStepPipeline) -> None:
     steps: list[str] = []
     engine = Engine({name: ModelRunner(pipeline) for name in ("small", "other")}, lambda model, *_: steps.append(model))
-    for model, lane in (("small", "api"), ("other", "live"), ("small", "api")):
+    arrivals: list[tuple[str, Lane]] = [("small", "api"), ("other", "live"), ("small", "api")]
+    for model, lane in arrivals:
         delivery = make_delivery(model=model, num_inference_steps=2)
         engine.add(replace(delivery, job=replace(delivery.job, lane=lane)))
     run_until_done(engine)
