@@ -28,16 +28,21 @@ logger = logging.getLogger(__name__)
 class Family:
     """diffusers' pipeline of a family, what it must be told to load, and the class that the engine sees."""
 
-    pipeline_class: Any
+    pipeline_name: str
     arguments: dict[str, Any]
     kind: type[LatentDiffusion]
+
+    @property
+    def pipeline_class(self) -> Any:
+        """Looked up late: importing it takes time, and transformers prints hints meanwhile."""
+        return getattr(diffusers, self.pipeline_name)
 
 
 FAMILIES = {
     "sd": Family(
-        diffusers.StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}, StableDiffusion
+        "StableDiffusionPipeline", {"safety_checker": None, "requires_safety_checker": False}, StableDiffusion
     ),
-    "sdxl": Family(diffusers.StableDiffusionXLPipeline, {"add_watermarker": False}, StableDiffusionXL),
+    "sdxl": Family("StableDiffusionXLPipeline", {"add_watermarker": False}, StableDiffusionXL),
 }
 
 
