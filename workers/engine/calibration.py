@@ -83,8 +83,8 @@ def _measure_size(engine: Engine, spec: ModelSpec, size: Size, rows: Sequence[in
             report(f"{size[0]}x{size[1]}, batch {num_rows}")
             finished = _generate(engine, spec, size, num_rows, previews=sweep == 0)
             _note(step_ms, num_rows, min(ms for request in finished for ms in request.steps_ms))
-            _note(decode_ms, num_rows, _decode_ms(pipeline, pipeline.decode, size, num_rows))
-            _note(preview_ms, num_rows, _decode_ms(pipeline, pipeline.preview, size, num_rows))
+            _note(decode_ms, num_rows, _decode_ms(pipeline, pipeline.decode, size, num_rows, of_rows=num_rows))
+            _note(preview_ms, num_rows, _decode_ms(pipeline, pipeline.preview, size, num_rows, of_rows=rows[-1]))
     _make_kernels(engine, spec, size, rows)
     return SizeCosts(*size, useful_rows(step_ms), step_ms, decode_ms, preview_ms)
 
@@ -130,11 +130,11 @@ def _generate(
     return [output.request for output in outputs if isinstance(output, Finished)]
 
 
-def _decode_ms(pipeline: FewStepPipeline, decode: Decode, size: Size, num_rows: int) -> float:
-    """All rows, as one request's."""
+def _decode_ms(pipeline: FewStepPipeline, decode: Decode, size: Size, num_rows: int, *, of_rows: int) -> float:
+    """All rows, as one request's in a batch of `of_rows`: a preview in company has fewer cores than one alone."""
     latents = torch.randn(num_rows, *pipeline.latent_shape(*size)).to(pipeline.device)
     decoder = decoder_for(pipeline.device)
-    pipeline.expect_rows(num_rows)
+    pipeline.expect_rows(of_rows)
     with torch.inference_mode():
         return min(decoder.start(decode, [latents])[0].collect()[1] for _ in range(NUM_DECODES))
 
