@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from app.callers import Caller
 from app.errors import ModelNotReady, Overloaded, invalid
 from app.metrics import Metrics
 from app.schemas import GenerationFields, LoraChoice
@@ -235,13 +236,13 @@ class Admission:
         self._broker, self._fleet, self._catalog = broker, fleet, catalog
         self._limits, self._metrics = limits, metrics
 
-    def find_model(self, name: str) -> ModelSpec:
+    def find_model(self, name: str, caller: Caller) -> ModelSpec:
         """Raises UnknownModelError that lists the models there are."""
         if name not in self._catalog:
             return get_spec(dict(self._catalog), name[:100])
         return self._catalog[name]
 
-    async def submit(self, job: Job) -> Submitted:
+    async def submit(self, job: Job, caller: Caller) -> Submitted:
         """Raises ModelNotReady, Overloaded or BrokerUnavailable."""
         await self._check_ready(job.model)
         self._metrics.submitted(job)
@@ -258,7 +259,7 @@ class Admission:
 
     async def predict_start_ms(self, model: str, position: int) -> int | None:
         """When a request with `position` others before it starts."""
-        return predict_wait_ms(await self._fleet.workers(), self.find_model(model), position)
+        return predict_wait_ms(await self._fleet.workers(), self._catalog[model], position)
 
     async def _check_ready(self, model: str) -> None:
         workers = await self._fleet.workers()

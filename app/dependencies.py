@@ -8,9 +8,9 @@ from typing import Annotated, cast
 from fastapi import Depends, Header
 from fastapi.requests import HTTPConnection
 
+from app.callers import ANONYMOUS, Caller
 from app.gateway import Gateway
 
-ANONYMOUS = "anonymous"
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -22,8 +22,8 @@ def get_request_id(connection: HTTPConnection) -> str:
     return cast(str, connection.state.request_id)
 
 
-def owner_of(connection: HTTPConnection) -> str:
-    """Whose line a request waits in, and who may read it back. The place of API keys."""
+def identify(connection: HTTPConnection) -> Caller:
+    """The place of API keys."""
     del connection
     return ANONYMOUS
 
@@ -35,5 +35,5 @@ def get_traceparent(traceparent: Annotated[str | None, Header()] = None) -> str 
 
 GatewayDep = Annotated[Gateway, Depends(get_gateway)]
 RequestIdDep = Annotated[str, Depends(get_request_id)]
-OwnerDep = Annotated[str, Depends(owner_of)]
+CallerDep = Annotated[Caller, Depends(identify)]
 TraceparentDep = Annotated[str | None, Depends(get_traceparent)]

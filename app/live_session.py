@@ -14,6 +14,7 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app.admission import Defaults, check_steps, choose_decoder, complete, draw_seed, find_warnings, new_request_id
+from app.callers import Caller
 from app.errors import GatewayError, GenerationFailed, InvalidRequest, ending_error, invalid
 from app.gateway import Gateway
 from app.live_outbox import Outbox
@@ -89,9 +90,9 @@ class LiveSession:
     turn is not submitted at all. The queue keeps at most one of them running and one waiting.
     """
 
-    def __init__(self, websocket: WebSocket, gateway: Gateway, session: str, owner: str) -> None:
+    def __init__(self, websocket: WebSocket, gateway: Gateway, session: str, caller: Caller) -> None:
         self._websocket, self._gateway = websocket, gateway
-        self._session, self._owner = session, owner
+        self._session, self._caller = session, caller
         self._seed = draw_seed(MAX_SEED_SPREAD)
         self._outbox = Outbox(gateway.settings.live_max_unacked)
         self._rate = TokenBucket(gateway.settings.live_max_messages_per_s)
@@ -182,7 +183,7 @@ class LiveSession:
         self._tasks.create_task(self._draw(drawing))
 
     def _plan(self, message: LiveGenerate) -> Drawing:
-        spec = self._gateway.admission.find_model(message.model or self._gateway.settings.default_model)
+        spec = self._gateway.admission.find_model(message.model or self._gateway.settings.default_model, self._caller)
         quick: Decoder = "tiny" if message.refine else "full"
         defaults = Defaults(output_format="jpeg", previews=True, decoder=quick, seed=self._seed)
         params = complete(message, spec, defaults)
@@ -198,7 +199,7 @@ class LiveSession:
             model=spec.name,
             params=params,
             lane="live",
-            owner=self._owner,
+            owner=self._caller.owner,
             gateway_id=self._gateway.replies.gateway_id,
             keep_s=0,
             session=self._session,
@@ -240,7 +241,7 @@ class LiveSession:
             if drawing.seq < self._newest_seq:
                 self._say("superseded", drawing, by=None)
                 return False
-            submitted = await self._gateway.admission.submit(drawing.job)
+            submitted = await self._gateway.admission.submit(drawing.job, self._caller)
             start_ms = await self._gateway.admission.predict_start_ms(drawing.job.model, submitted.position)
         self._say("queued", drawing, position=submitted.position, predicted_start_ms=start_ms)
         return True
@@ -273,7 +274,7 @@ class LiveSession:
 
     async def _refine_after_pause(self, drawing: Drawing, params: SamplingParams) -> None:
         await asyncio.sleep(self._generated_at + drawing.after_ms / 1000 - time.monotonic())
-        spec = self._gateway.admission.find_model(drawing.job.model)
+        spec = self._gateway.catalog[drawing.job.model]
         job = self._make_job(spec, params, drawing.job.deadline_ms)
         self._tasks.create_task(self._draw(Drawing(drawing.seq, job, is_refined=True)))
 

@@ -13,7 +13,8 @@ from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app.admission import Defaults, complete, find_warnings
-from app.dependencies import GatewayDep, OwnerDep, RequestIdDep, TraceparentDep
+from app.callers import Caller
+from app.dependencies import CallerDep, GatewayDep, RequestIdDep, TraceparentDep
 from app.errors import ImageGone, ImageNotReady, ending_error
 from app.gateway import Gateway
 from app.negotiation import Answer, Preference, negotiate, parse_prefer
@@ -52,7 +53,7 @@ async def create_generation(
     request: Request,
     gateway: GatewayDep,
     request_id: RequestIdDep,
-    owner: OwnerDep,
+    caller: CallerDep,
     traceparent: TraceparentDep,
     accept: Annotated[str | None, Header()] = None,
     prefer: Annotated[list[str] | None, Header()] = None,
@@ -60,9 +61,9 @@ async def create_generation(
     """Draws a picture. The answer is its bytes or JSON, by `Accept`; 202 and `Location` where the wait ends first."""
     preference = parse_prefer(prefer or [])
     answer = negotiate(accept, body.output_format, body.num_images or 1)
-    job = make_job(body, answer, preference, gateway, request_id, owner, traceparent)
+    job = make_job(body, answer, preference, gateway, request_id, caller, traceparent)
     with gateway.replies.follow(request_id) as subscription:
-        submitted = await gateway.admission.submit(job)
+        submitted = await gateway.admission.submit(job, caller)
         progress = await start_progress(gateway, job, submitted)
         wait_s = choose_wait(preference, gateway.settings.sync_wait_s)
         if preference.is_async:
@@ -81,10 +82,10 @@ def make_job(
     preference: Preference,
     gateway: Gateway,
     request_id: str,
-    owner: str,
+    caller: Caller,
     traceparent: str | None,
 ) -> Job:
-    spec = gateway.admission.find_model(body.model or gateway.settings.default_model)
+    spec = gateway.admission.find_model(body.model or gateway.settings.default_model, caller)
     params = complete(body, spec, Defaults(output_format=answer.format))
     settings = gateway.settings
     return Job(
@@ -92,7 +93,7 @@ def make_job(
         model=spec.name,
         params=replace(params, output_format=answer.format),
         lane="api",
-        owner=owner,
+        owner=caller.owner,
         gateway_id=gateway.replies.gateway_id,
         keep_s=settings.keep_async_s if preference.is_async else settings.keep_sync_s,
         deadline_ms=body.deadline_ms,
@@ -156,11 +157,11 @@ def model_headers_of(gateway: Gateway, job: Job) -> dict[str, str]:
 
 
 async def read_own(
-    gateway: GatewayDep, owner: OwnerDep, generation_id: Annotated[str, Path(max_length=64)]
+    gateway: GatewayDep, caller: CallerDep, generation_id: Annotated[str, Path(max_length=64)]
 ) -> RequestStatus:
     """The request, if it is the caller's; for anyone else it doesn't exist."""
     status = await gateway.broker.status(generation_id)
-    if status.job.owner != owner:
+    if status.job.owner != caller.owner:
         raise RequestNotFound(generation_id)
     return status
 
@@ -222,10 +223,10 @@ def picture_answer(gateway: Gateway, status: RequestStatus, index: int) -> Respo
 
 
 @router.delete("/{generation_id}", response_model=None, responses={200: {"model": Generation}})
-async def cancel_generation(gateway: GatewayDep, owner: OwnerDep, status: OwnStatus) -> Response:
+async def cancel_generation(gateway: GatewayDep, caller: CallerDep, status: OwnStatus) -> Response:
     """Cancels it; what has ended stays as it is. A running one stops at its next step, so `state` may lag."""
     await gateway.broker.cancel(status.job.request_id)
-    after = await read_own(gateway, owner, status.job.request_id)
+    after = await read_own(gateway, caller, status.job.request_id)
     return json_answer(await read_progress(gateway, after), gateway)
 
 

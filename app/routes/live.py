@@ -7,7 +7,7 @@ import logging
 from fastapi import APIRouter
 from fastapi.websockets import WebSocket
 
-from app.dependencies import GatewayDep, OwnerDep, RequestIdDep
+from app.dependencies import CallerDep, GatewayDep, RequestIdDep
 from app.gateway import Gateway
 from app.live_protocol import SUBPROTOCOL, CloseCode, check_origin, reconnect_reason
 from app.live_session import LiveSession
@@ -18,7 +18,7 @@ router = APIRouter(tags=["live"])
 
 
 @router.websocket("/v1/live")
-async def live(websocket: WebSocket, gateway: GatewayDep, owner: OwnerDep, request_id: RequestIdDep) -> None:
+async def live(websocket: WebSocket, gateway: GatewayDep, caller: CallerDep, request_id: RequestIdDep) -> None:
     if not is_welcome(websocket, gateway):
         await websocket.close(CloseCode.NORMAL)  # before accept: HTTP 403
         return
@@ -27,7 +27,7 @@ async def live(websocket: WebSocket, gateway: GatewayDep, owner: OwnerDep, reque
         gateway.metrics.rejected.labels("live_connections").inc()
         await websocket.close(CloseCode.TRY_LATER, reconnect_reason(gateway.settings.live_reconnect_in_ms))
         return
-    await LiveSession(websocket, gateway, request_id, owner).run()
+    await LiveSession(websocket, gateway, request_id, caller).run()
 
 
 def is_welcome(websocket: WebSocket, gateway: Gateway) -> bool:

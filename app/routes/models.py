@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.admission import find_warm
-from app.dependencies import GatewayDep
+from app.dependencies import CallerDep, GatewayDep
 from app.schemas import ErrorBody, Limit, ModelCard, ModelList, SizeCard, WorkerCosts
 from broker.messages import SizeCosts, WarmModel, WorkerInfo
 from models.catalog import ModelSpec
@@ -21,8 +21,8 @@ async def list_models(gateway: GatewayDep) -> ModelList:
 
 
 @router.get("/{model}")
-async def read_model(model: str, gateway: GatewayDep) -> ModelCard:
-    return show_model(gateway.admission.find_model(model), await gateway.fleet.workers())
+async def read_model(model: str, gateway: GatewayDep, caller: CallerDep) -> ModelCard:
+    return show_model(gateway.admission.find_model(model, caller), await gateway.fleet.workers())
 
 
 def show_model(spec: ModelSpec, workers: list[WorkerInfo]) -> ModelCard:

@@ -21,7 +21,8 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from app.admission import Defaults, check_size_text, complete, find_warnings
-from app.dependencies import GatewayDep, OwnerDep, RequestIdDep, TraceparentDep
+from app.callers import Caller
+from app.dependencies import CallerDep, GatewayDep, RequestIdDep, TraceparentDep
 from app.errors import ErrorAnswer, GenerationExpired, ending_error, invalid, render
 from app.gateway import Gateway
 from app.rendering import model_headers, result_headers, to_base64
@@ -48,27 +49,27 @@ async def create_image(
     request: Request,
     gateway: GatewayDep,
     request_id: RequestIdDep,
-    owner: OwnerDep,
+    caller: CallerDep,
     traceparent: TraceparentDep,
 ) -> Response:
     """Draws `n` pictures; with `stream`, one picture with real previews on the way."""
     check_offered(body)
-    spec = gateway.admission.find_model(body.model or gateway.settings.default_model)
+    spec = gateway.admission.find_model(body.model or gateway.settings.default_model, caller)
     params = choose_params(body, spec)
     job = Job(
         request_id=request_id,
         model=spec.name,
         params=params,
         lane="api",
-        owner=owner,
+        owner=caller.owner,
         gateway_id=gateway.replies.gateway_id,
         keep_s=gateway.settings.keep_sync_s,
         warnings=find_warnings(params, spec),
         traceparent=traceparent,
     )
     if body.stream:
-        return await stream_image(body, job, gateway)
-    return await draw_images(body, job, gateway, request)
+        return await stream_image(body, job, gateway, caller)
+    return await draw_images(body, job, gateway, caller, request)
 
 
 def check_offered(body: OpenAIImageRequest) -> None:
@@ -104,9 +105,11 @@ def choose_params(body: OpenAIImageRequest, spec: ModelSpec) -> SamplingParams:
     return complete(fields, spec, Defaults(output_format="png", output_quality=quality))
 
 
-async def draw_images(body: OpenAIImageRequest, job: Job, gateway: Gateway, request: Request) -> Response:
+async def draw_images(
+    body: OpenAIImageRequest, job: Job, gateway: Gateway, caller: Caller, request: Request
+) -> Response:
     with gateway.replies.follow(job.request_id) as subscription:
-        await gateway.admission.submit(job)
+        await gateway.admission.submit(job, caller)
         async with cancelled_if_left(gateway.broker, job.request_id):
             ending = await wait_for_ending(subscription, request, gateway.settings.sync_wait_s)
     if ending is None:
@@ -136,12 +139,12 @@ def describe(body: OpenAIImageRequest, params: SamplingParams) -> dict[str, str]
 # Streaming
 
 
-async def stream_image(body: OpenAIImageRequest, job: Job, gateway: Gateway) -> Response:
+async def stream_image(body: OpenAIImageRequest, job: Job, gateway: Gateway, caller: Caller) -> Response:
     """Submits before the response starts, so that a refusal still has a status."""
     stack = contextlib.ExitStack()
     with stack:
         subscription = stack.enter_context(gateway.replies.follow(job.request_id))
-        await gateway.admission.submit(job)
+        await gateway.admission.submit(job, caller)
         following = stack.pop_all()
     content = stream_events(body, job, gateway, subscription, following)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

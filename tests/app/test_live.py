@@ -11,6 +11,7 @@ import websockets
 from starlette.websockets import WebSocket, WebSocketState
 from websockets.asyncio.client import ClientConnection
 
+from app.callers import ANONYMOUS
 from app.live_protocol import SUBPROTOCOL, CloseCode
 from app.live_session import LiveSession
 from broker.messages import JobError
@@ -342,5 +343,5 @@ async def test_a_reader_that_stops_is_dropped(start_api: StartApi) -> None:
         websocket = WebSocket({"type": "websocket", "path": "/v1/live", "headers": []}, never, never)
         websocket.client_state = websocket.application_state = WebSocketState.CONNECTED
         async with asyncio.timeout(10):
-            await LiveSession(websocket, api.gateway, "session", "anonymous").run()
+            await LiveSession(websocket, api.gateway, "session", ANONYMOUS).run()
         assert not api.gateway.live_sockets
