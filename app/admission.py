@@ -29,7 +29,8 @@ from broker.messages import (
     WorkerInfo,
     cost_at,
 )
-from broker.redis_broker import Limits, RedisBroker, Submitted
+from broker.redis_broker import RedisBroker
+from broker.terms import Limits, Submitted
 from models.catalog import ModelSpec, Size, get_spec
 
 DEFAULT_QUALITY = 85

@@ -27,8 +27,9 @@ from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
 from app.tasks import running
 from broker.errors import BrokerUnavailable
-from broker.redis_broker import Limits, RedisBroker
+from broker.redis_broker import RedisBroker
 from broker.settings import SettingsError
+from broker.terms import Limits
 from models.catalog import ModelSpec, UnknownModelError, get_spec, load_catalog
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 3.0

@@ -33,7 +33,8 @@ from app.schemas import ErrorBody, Generation, GenerationRequest
 from app.waiting import cancelled_if_left, wait_for_ending
 from broker.errors import RequestNotFound
 from broker.messages import Completed, Job, LoggedEvent, Picture, Preview, TerminalEvent
-from broker.redis_broker import RequestStatus, Submitted
+from broker.redis_broker import RequestStatus
+from broker.terms import Submitted
 
 NOT_READY_RETRY_MS = 250
 EVENT_NAMES = {"accepted": "queued"}
