@@ -187,7 +187,7 @@ def generate(
     """
     from pydantic import ValidationError
 
-    from app.admission import Defaults, complete, find_warnings
+    from app.parameters import Defaults, complete, find_warnings
     from app.errors import GatewayError
     from app.schemas import GenerationFields
     from broker.messages import Job

@@ -33,7 +33,14 @@ def get_traceparent(traceparent: Annotated[str | None, Header()] = None) -> str 
     return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
 
 
+def get_deadline_ms(x_fewstep_deadline_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None) -> int | None:
+    """Milliseconds from now; the earlier of this and the body's `deadline_ms` counts."""
+    return x_fewstep_deadline_ms
+
+
 GatewayDep = Annotated[Gateway, Depends(get_gateway)]
 RequestIdDep = Annotated[str, Depends(get_request_id)]
 CallerDep = Annotated[Caller, Depends(identify)]
+DeadlineDep = Annotated[int | None, Depends(get_deadline_ms)]
+IdempotencyKeyDep = Annotated[str | None, Header(alias="Idempotency-Key")]
 TraceparentDep = Annotated[str | None, Depends(get_traceparent)]

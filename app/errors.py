@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
+from broker.errors import BrokerError, BrokerUnavailable, IdempotencyConflict, RequestNotFound
 from broker.messages import Cancelled, Expired, Failed, JobError, Superseded
 from models.catalog import UnknownModelError
 
@@ -118,6 +118,7 @@ TABLE: dict[type[Exception], Row] = {
     NotAcceptable: Row(406, _REQUEST, "not_acceptable"),
     GenerationCancelled: Row(409, _REQUEST, "cancelled", should_retry=False),
     GenerationSuperseded: Row(409, _REQUEST, "superseded", should_retry=False),
+    IdempotencyConflict: Row(409, _REQUEST, "idempotency_key_reused", should_retry=False),
     ImageGone: Row(410, _REQUEST, "image_gone"),
     UnsupportedBody: Row(415, _REQUEST, "unsupported_media_type"),
     Overloaded: Row(429, "rate_limit_error", "queue_full"),
@@ -134,6 +135,7 @@ _FIXED_TEXTS: dict[type[Exception], str] = {
     BrokerUnavailable: "the queue can't be reached right now, try again",
     BrokerError: "the queue refused this request",
 }
+_PARAMS: dict[type[Exception], str] = {UnknownModelError: "model", IdempotencyConflict: "Idempotency-Key"}
 _DEFAULT_RETRY_AFTER_MS = 1000
 
 
@@ -158,8 +160,8 @@ def render(error: Exception) -> ErrorAnswer:
     row = TABLE[kind]
     if not isinstance(error, GatewayError):
         retry_after_ms = _DEFAULT_RETRY_AFTER_MS if row.status == 503 else None
-        param = "model" if isinstance(error, UnknownModelError) else None
-        return answer(row, _FIXED_TEXTS.get(kind, str(error)), param=param, retry_after_ms=retry_after_ms)
+        text = _FIXED_TEXTS.get(kind, str(error))
+        return answer(row, text, param=_PARAMS.get(kind), retry_after_ms=retry_after_ms)
     if kind is GenerationFailed and error.retry_after_ms is not None:
         row = _RETRYABLE_FAILURE
     return answer(row, str(error), param=error.param, code=error.code, retry_after_ms=error.retry_after_ms)

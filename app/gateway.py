@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from app.admission import Admission, Fleet
+from app.admission import Admission
+from app.fleet import Fleet
 from app.metrics import Metrics
 from app.replies import Replies
 from app.settings import GatewaySettings

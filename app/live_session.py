@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app.admission import Defaults, check_steps, choose_decoder, complete, draw_seed, find_warnings, new_request_id
+from app.admission import new_request_id
 from app.callers import Caller
 from app.errors import GatewayError, GenerationFailed, InvalidRequest, ending_error, invalid
 from app.gateway import Gateway
@@ -29,6 +29,7 @@ from app.live_protocol import (
     show_error,
     show_ready,
 )
+from app.parameters import Defaults, check_steps, choose_decoder, complete, draw_seed, find_warnings
 from app.replies import Subscription
 from app.schemas import LiveAck, LiveCancel, LiveGenerate
 from app.tasks import raise_if_cancelled
@@ -242,8 +243,7 @@ class LiveSession:
                 self._say("superseded", drawing, by=None)
                 return False
             submitted = await self._gateway.admission.submit(drawing.job, self._caller)
-            start_ms = await self._gateway.admission.predict_start_ms(drawing.job.model, submitted.position)
-        self._say("queued", drawing, position=submitted.position, predicted_start_ms=start_ms)
+        self._say("queued", drawing, position=submitted.position, predicted_start_ms=submitted.start_ms)
         return True
 
     async def _show(self, drawing: Drawing, subscription: Subscription) -> None:

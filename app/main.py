@@ -16,8 +16,9 @@ from typing import Any, cast
 import uvicorn
 from fastapi import FastAPI
 
-from app.admission import Admission, Fleet, new_request_id
+from app.admission import Admission, new_request_id
 from app.errors import ErrorAnswer
+from app.fleet import Fleet
 from app.gateway import Gateway
 from app.handlers import install_error_handlers
 from app.metrics import Metrics

@@ -61,7 +61,9 @@ class GenerationFields(_Request):
 
 
 class GenerationRequest(GenerationFields):
-    """Body of `POST /v1/generations`."""
+    """Body of `POST /v1/generations`. `cache` says whether the answer to a request with a seed may be shared."""
+
+    cache: bool | None = None
 
 
 class Refine(_Request):
@@ -90,7 +92,8 @@ class LiveAck(_Request):
 class OpenAIImageRequest(_Request):
     """Body of `POST /v1/images/generations`: OpenAI's fields, and ours by the SDK's `extra_body`.
 
-    `quality`, `moderation`, `style` and `user` change nothing here and are accepted for clients that send them.
+    `complexity`, `moderation` and `style` change nothing here and are accepted for clients that send them. What belongs
+    to formats that aren't offered (GIF, SVG) is known, so that its refusal can say so.
     """
 
     prompt: Text
@@ -99,8 +102,12 @@ class OpenAIImageRequest(_Request):
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
     background: Literal["auto", "opaque", "transparent"] | None = None
-    output_format: ImageFormat | None = None
+    output_format: Literal["png", "jpeg", "webp", "gif", "svg"] | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    complexity: Literal["low", "medium", "high"] | None = None
+    frame_count: int | None = None
+    frame_duration_ms: int | None = None
+    svg: dict[str, Any] | None = None
     moderation: Literal["low", "auto"] | None = None
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
@@ -114,7 +121,10 @@ class OpenAIImageRequest(_Request):
     guidance_scale: Guidance | None = None
     seed: Seed | None = None
     scheduler: Name | None = None
+    loras: Annotated[list[LoraChoice], Field(max_length=8)] | None = None
     decoder: DecoderChoice | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None
+    cache: bool | None = None
     metadata: bool | None = None
 
 

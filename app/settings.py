@@ -35,6 +35,8 @@ class GatewaySettings(SharedSettings):
     sync_wait_s: float = Field(default=60, gt=0, le=3600)
     keep_sync_s: float = Field(default=60, ge=0)
     keep_async_s: float = Field(default=600, gt=0)
+    cache_s: float = Field(default=600, ge=0)
+    public_url: str | None = Field(default=None, pattern=r"^https?://[^/?#]+(/[^?#]*)?$")
     shutdown_s: int = Field(default=5, ge=0)
 
     max_live_connections: int = Field(default=200, ge=1)

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import psutil
 
-from app.admission import Defaults, complete
+from app.parameters import Defaults, complete
 from app.schemas import GenerationFields
 from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.figures import BenchmarkError, format_table

@@ -12,14 +12,15 @@ from fastapi.requests import Request
 from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from app.admission import Defaults, complete, find_warnings
-from app.callers import Caller
-from app.dependencies import CallerDep, GatewayDep, RequestIdDep, TraceparentDep
+from app.dependencies import CallerDep, DeadlineDep, GatewayDep, IdempotencyKeyDep, RequestIdDep, TraceparentDep
 from app.errors import ImageGone, ImageNotReady, ending_error
+from app.fleet import find_warm
 from app.gateway import Gateway
 from app.negotiation import Answer, Preference, negotiate, parse_prefer
+from app.parameters import Defaults, complete, earliest, find_warnings
 from app.rendering import (
     Progress,
+    find_ending,
     generation_path,
     model_headers,
     progress_of,
@@ -30,11 +31,12 @@ from app.rendering import (
 )
 from app.replies import Subscription, as_ending
 from app.schemas import ErrorBody, Generation, GenerationRequest
-from app.waiting import cancelled_if_left, wait_for_ending
+from app.sharing import cached_for, sharing_headers, with_idempotency_key
+from app.waiting import Entry, enter, given_up_if_left, wait_at_most
 from broker.errors import RequestNotFound
 from broker.messages import Completed, Job, LoggedEvent, Picture, Preview, TerminalEvent
 from broker.redis_broker import RequestStatus
-from broker.terms import Submitted
+from broker.terms import Terms
 
 NOT_READY_RETRY_MS = 250
 EVENT_NAMES = {"accepted": "queued"}
@@ -56,51 +58,58 @@ async def create_generation(
     request_id: RequestIdDep,
     caller: CallerDep,
     traceparent: TraceparentDep,
+    deadline_ms: DeadlineDep,
+    idempotency_key: IdempotencyKeyDep = None,
     accept: Annotated[str | None, Header()] = None,
     prefer: Annotated[list[str] | None, Header()] = None,
 ) -> Response:
     """Draws a picture. The answer is its bytes or JSON, by `Accept`; 202 and `Location` where the wait ends first."""
     preference = parse_prefer(prefer or [])
     answer = negotiate(accept, body.output_format, body.num_images or 1)
-    job = make_job(body, answer, preference, gateway, request_id, caller, traceparent)
-    with gateway.replies.follow(request_id) as subscription:
-        submitted = await gateway.admission.submit(job, caller)
-        progress = await start_progress(gateway, job, submitted)
-        wait_s = choose_wait(preference, gateway.settings.sync_wait_s)
-        if preference.is_async:
-            ending = await wait_for_ending(subscription, request, wait_s) if wait_s else None
-        else:
-            async with cancelled_if_left(gateway.broker, request_id):
-                ending = await wait_for_ending(subscription, request, wait_s)
-    if ending is None:
-        return accepted(progress, gateway, preference)
-    return finished(progress, ending, answer, gateway)
-
-
-def make_job(
-    body: GenerationRequest,
-    answer: Answer,
-    preference: Preference,
-    gateway: Gateway,
-    request_id: str,
-    caller: Caller,
-    traceparent: str | None,
-) -> Job:
     spec = gateway.admission.find_model(body.model or gateway.settings.default_model, caller)
     params = complete(body, spec, Defaults(output_format=answer.format))
     settings = gateway.settings
-    return Job(
+    job = Job(
         request_id=request_id,
         model=spec.name,
         params=replace(params, output_format=answer.format),
         lane="api",
         owner=caller.owner,
         gateway_id=gateway.replies.gateway_id,
-        keep_s=settings.keep_async_s if preference.is_async else settings.keep_sync_s,
-        deadline_ms=body.deadline_ms,
+        keep_s=settings.keep_async_s if preference.is_async or idempotency_key else settings.keep_sync_s,
+        deadline_ms=earliest(body.deadline_ms, deadline_ms),
         warnings=find_warnings(params, spec),
         traceparent=traceparent,
     )
+    terms = with_idempotency_key(choose_terms(body, job, preference, gateway), idempotency_key, body, job)
+    async with enter(gateway, job, caller, terms) as entry:
+        ending = await wait_as_preferred(entry, request, preference, gateway)
+    headers = sharing_headers(entry.submitted.origin, terms)
+    if ending is None:
+        return accepted(entry, gateway, preference, headers)
+    return finished(entry, ending, answer, gateway, headers)
+
+
+def choose_terms(body: GenerationRequest, job: Job, preference: Preference, gateway: Gateway) -> Terms:
+    """A picture without a seed is a new one every time. Nobody watches an asynchronous request's own deadline while it
+    shares the work of another."""
+    is_shareable = body.seed is not None and body.cache is not False
+    if not is_shareable or (preference.is_async and job.deadline_ms is not None):
+        return Terms()
+    return cached_for(job, gateway.catalog[job.model], gateway.settings.cache_s)
+
+
+async def wait_as_preferred(
+    entry: Entry, request: Request, preference: Preference, gateway: Gateway
+) -> TerminalEvent | None:
+    """The ending; None where the wait ends first. A client that leaves gives up a request that it didn't want kept."""
+    if entry.status and (ending := find_ending(entry.status.log)):
+        return ending
+    wait_s = choose_wait(preference, gateway.settings.sync_wait_s)
+    if preference.is_async:
+        return await wait_at_most(entry.subscription, request, wait_s) if wait_s else None
+    async with given_up_if_left(gateway.broker, entry):
+        return await wait_at_most(entry.subscription, request, wait_s)
 
 
 def choose_wait(preference: Preference, longest_s: float) -> float:
@@ -110,25 +119,28 @@ def choose_wait(preference: Preference, longest_s: float) -> float:
     return min(preference.wait_s, longest_s)
 
 
-async def start_progress(gateway: Gateway, job: Job, submitted: Submitted) -> Progress:
-    start_ms = await gateway.admission.predict_start_ms(job.model, submitted.position)
-    return Progress(job, "queued", time.time(), submitted.position, start_ms)
+def start_progress(entry: Entry) -> Progress:
+    if entry.status:
+        return progress_of(entry.status)
+    return Progress(entry.job, "queued", time.time(), entry.submitted.position, entry.submitted.start_ms)
 
 
-def accepted(progress: Progress, gateway: Gateway, preference: Preference) -> Response:
-    headers = {"Location": generation_path(progress.job.request_id)}
+def accepted(entry: Entry, gateway: Gateway, preference: Preference, headers: dict[str, str]) -> Response:
+    headers = headers | {"Location": generation_path(entry.job.request_id)}
     if preference.is_async:
         headers["Preference-Applied"] = "respond-async"
-    return json_answer(progress, gateway, status=202, headers=headers)
+    return json_answer(start_progress(entry), gateway, status=202, headers=headers)
 
 
-def finished(progress: Progress, ending: TerminalEvent, answer: Answer, gateway: Gateway) -> Response:
+def finished(
+    entry: Entry, ending: TerminalEvent, answer: Answer, gateway: Gateway, headers: dict[str, str]
+) -> Response:
     if not isinstance(ending, Completed):
         raise ending_error(ending)
-    headers = result_headers(progress.job, ending)
+    headers = headers | result_headers(entry.job, ending, entry.submitted.origin)
     if answer.is_bytes:
-        return bytes_answer(ending.pictures[0], headers | model_headers_of(gateway, progress.job))
-    done = replace(progress, state="completed", ending=ending)
+        return bytes_answer(ending.pictures[0], headers | model_headers_of(gateway, entry.job))
+    done = replace(start_progress(entry), state="completed", ending=ending)
     return json_answer(done, gateway, with_bytes=True, headers=headers)
 
 
@@ -172,10 +184,8 @@ OwnStatus = Annotated[RequestStatus, Depends(read_own)]
 
 async def read_progress(gateway: Gateway, status: RequestStatus) -> Progress:
     progress = progress_of(status)
-    if status.state != "queued" or status.job.model not in gateway.catalog:
-        return progress
-    start_ms = await gateway.admission.predict_start_ms(status.job.model, status.position)
-    return replace(progress, predicted_start_ms=start_ms)
+    is_served = find_warm(await gateway.fleet.workers(), status.job.model)
+    return progress if is_served else replace(progress, predicted_start_ms=None)
 
 
 @router.get("/{generation_id}", response_model=None, responses={200: {"model": Generation}})

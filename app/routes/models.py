@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from app.admission import find_warm
 from app.dependencies import CallerDep, GatewayDep
+from app.fleet import find_warm
 from app.schemas import ErrorBody, Limit, ModelCard, ModelList, SizeCard, WorkerCosts
 from broker.messages import SizeCosts, WarmModel, WorkerInfo
 from models.catalog import ModelSpec

@@ -1,4 +1,5 @@
 -- A request as it is now, with its log.
+end_expired()
 local job = load_job(ARGV[1])
 if not job then return nil end
 local position = position_of(job)

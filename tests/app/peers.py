@@ -47,7 +47,10 @@ def color_of(params: SamplingParams, index: int) -> tuple[int, int, int]:
 
 
 class Painter:
-    """A worker. `gate` holds every request before its first step while it is cleared; `fail_with` makes all fail."""
+    """A worker. `gate` holds every request before its next step while it is cleared; `fail_with` makes all fail.
+
+    It takes whatever there is, unless `max_running` bounds what it holds, as a real worker's batch does.
+    """
 
     def __init__(self, url: str, prefix: str) -> None:
         self.worker_id = f"painter-{uuid.uuid4().hex[:8]}"
@@ -56,6 +59,7 @@ class Painter:
         self.step_s = 0.002
         self.fail_with: JobError | None = None
         self.max_batch_size = 8
+        self.max_running: int | None = None
         self.model = MODEL
         self.deliveries: list[Delivery] = []
         self.endings: list[TerminalEvent] = []
@@ -69,15 +73,19 @@ class Painter:
             running: set[asyncio.Task[None]] = set()
             while True:
                 raise_if_cancelled()
-                for delivery in await self._receive():
+                for delivery in await self._receive(len(running)):
                     self.deliveries.append(delivery)
                     task = tasks.create_task(self._paint(delivery))
                     running.add(task)
                     task.add_done_callback(running.discard)
 
-    async def _receive(self) -> list[Delivery]:
+    async def _receive(self, num_running: int) -> list[Delivery]:
+        num_free = self.max_batch_size if self.max_running is None else self.max_running - num_running
         try:
-            return await self._broker.receive(self.worker_id, self.model, self.max_batch_size, 50)
+            if num_free > 0:
+                return await self._broker.receive(self.worker_id, self.model, min(num_free, self.max_batch_size), 50)
+            await asyncio.sleep(0.005)
+            return []
         except BrokerUnavailable:
             await asyncio.sleep(0.02)
             return []

@@ -153,7 +153,7 @@ async def test_a_wait_that_is_too_long_ends(start_api: StartApi) -> None:
         api.painter.gate.clear()
         with pytest.raises(openai.InternalServerError) as late:
             await client.with_options(max_retries=2).images.generate(prompt="a red apple")
-        assert (late.value.status_code, late.value.code) == (504, "timeout")
+        assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
         await until(lambda: bool(api.painter.endings))
 
 
