@@ -187,8 +187,8 @@ def generate(
     """
     from pydantic import ValidationError
 
-    from app.parameters import Defaults, complete, find_warnings
     from app.errors import GatewayError
+    from app.parameters import Defaults, complete, find_warnings
     from app.schemas import GenerationFields
     from broker.messages import Job
     from broker.settings import SettingsError

@@ -109,7 +109,7 @@ async def test_a_shared_request_keeps_each_callers_deadline(shared: Api) -> None
     late = await post(shared, APPLE | {"deadline_ms": 400})
     assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
     shared.painter.gate.set()
-    assert (await until_state(shared, created.headers["Location"], "completed"))
+    assert await until_state(shared, created.headers["Location"], "completed")
 
 
 async def test_asking_again_asynchronously_finds_the_result_at_once(shared: Api) -> None:
