@@ -12,6 +12,7 @@ GatewayError
 │   ├── GenerationCancelled
 │   ├── GenerationSuperseded
 │   └── GenerationExpired
+├── InvalidToken             a signed token that is forged, made for something else, or expired
 ├── WrongHost                a Host header that doesn't name this server
 └── ClientGone               nobody is left to read the answer
 
@@ -88,6 +89,10 @@ class GenerationExpired(GenerationFailed):
     """Its deadline passed before it could be drawn."""
 
 
+class InvalidToken(GatewayError):
+    """A signed token that is forged, made for something else, or expired."""
+
+
 class WrongHost(GatewayError):
     """A Host header that doesn't name this server: a page elsewhere may be rebinding DNS."""
 
@@ -112,6 +117,7 @@ _SERVER = "server_error"
 TABLE: dict[type[Exception], Row] = {
     InvalidRequest: Row(400, _REQUEST, "invalid_value"),
     WrongHost: Row(400, _REQUEST, "wrong_host"),
+    InvalidToken: Row(401, _REQUEST, "invalid_token"),
     UnknownModelError: Row(404, _REQUEST, "model_not_found"),
     RequestNotFound: Row(404, _REQUEST, "generation_not_found"),
     ImageNotReady: Row(404, _REQUEST, "image_not_ready"),
