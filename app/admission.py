@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from app.callers import Caller
-from app.errors import ModelNotReady, Overloaded, invalid
+from app.errors import Forbidden, ModelNotReady, Overloaded, invalid
 from app.metrics import Metrics
 from app.schemas import GenerationFields, LoraChoice
 from broker.errors import QueueFull, ResultStoreFull
@@ -23,6 +23,7 @@ from broker.messages import (
     Decoder,
     ImageFormat,
     Job,
+    Lane,
     LoraWeight,
     SamplingParams,
     WarmModel,
@@ -237,13 +238,24 @@ class Admission:
         self._limits, self._metrics = limits, metrics
 
     def find_model(self, name: str, caller: Caller) -> ModelSpec:
-        """Raises UnknownModelError that lists the models there are."""
-        if name not in self._catalog:
-            return get_spec(dict(self._catalog), name[:100])
-        return self._catalog[name]
+        """Raises UnknownModelError or Forbidden; both list the models that the caller may use."""
+        allowed = self.models_of(caller)
+        if name in self._catalog and name not in allowed:
+            message = f"this key may not use the model {name!r}; it may use: {', '.join(allowed) or 'none'}"
+            raise Forbidden(message, param="model", code="model_not_allowed")
+        return get_spec(allowed, name[:100])
+
+    def models_of(self, caller: Caller) -> dict[str, ModelSpec]:
+        return {name: spec for name, spec in self._catalog.items() if caller.models is None or name in caller.models}
+
+    def default_model(self, caller: Caller, preferred: str) -> str:
+        """`preferred` where the caller may use it, else the first that it may."""
+        allowed = self.models_of(caller)
+        return preferred if preferred in allowed else next(iter(allowed), preferred)
 
     async def submit(self, job: Job, caller: Caller) -> Submitted:
-        """Raises ModelNotReady, Overloaded or BrokerUnavailable."""
+        """Raises Forbidden, ModelNotReady, RateExceeded, Overloaded or BrokerUnavailable."""
+        check_lane(job.lane, caller)
         await self._check_ready(job.model)
         self._metrics.submitted(job)
         is_in = False
@@ -276,6 +288,12 @@ class Admission:
         retry_ms = min(MAX_RETRY_MS, max(MIN_RETRY_MS, math.ceil(wait_ms * RETRY_SHARE)))
         code = "queue_full" if isinstance(error, QueueFull) else "result_store_full"
         return Overloaded(str(error), code=code, retry_after_ms=retry_ms)
+
+
+def check_lane(lane: Lane, caller: Caller) -> None:
+    if lane not in caller.lanes:
+        allowed = ", ".join(sorted(caller.lanes))
+        raise Forbidden(f"this key may not use the {lane} lane; it may use: {allowed}", code="lane_not_allowed")
 
 
 def check_size_text(size: str | None, spec: ModelSpec) -> Size:

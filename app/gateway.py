@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from app.admission import Admission, Fleet
+from app.keys import KeyRing
 from app.metrics import Metrics
 from app.replies import Replies
 from app.settings import GatewaySettings
+from app.signing import Signer
 from broker.redis_broker import RedisBroker
 from models.catalog import ModelSpec
 
@@ -31,4 +33,6 @@ class Gateway:
     fleet: Fleet
     admission: Admission
     metrics: Metrics
+    keys: KeyRing
+    signer: Signer
     live_sockets: set[LiveSocket] = field(default_factory=set)

@@ -34,6 +34,8 @@ _KINDS: dict[str, tuple[str, ...]] = {
     # results
     "kept": (),  # sorted set of kept results and their bytes, by the time they end
     "kept_bytes": (),  # the sum of it
+    "rates": (),  # what the keys of callers' budgets start with
+    "secret": (),  # what all gateways sign tokens with, unless a setting says
     "dead": (),  # stream: requests that lost three workers
 }
 
@@ -61,6 +63,12 @@ class Keys:
 
     def dead(self) -> str:
         return self.build("dead")
+
+    def rates(self) -> str:
+        return self.build("rates")
+
+    def secret(self) -> str:
+        return self.build("secret")
 
     def build(self, kind: str, *parts: str) -> str:
         if len(parts) != len(_KINDS[kind]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -193,6 +194,11 @@ class RedisBroker:
     async def set_weight(self, owner: str, weight: int) -> None:
         """How many places an owner's line moves per turn; 1 unless set."""
         await call(self._client, "HSET", self._keys.weights(), owner, max(1, weight))
+
+    async def shared_secret(self) -> bytes:
+        """32 random bytes, the same for all gateways on this Redis and prefix: drawn by the first that asks."""
+        await call(self._client, "SET", self._keys.secret(), secrets.token_bytes(32), "NX")
+        return bytes(await call(self._client, "GET", self._keys.secret()))
 
     # The worker's side
 
