@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from app.callers import Caller
 from app.errors import Forbidden, ModelNotReady, Overloaded, invalid
 from app.metrics import Metrics
+from app.rates import Rates
 from app.schemas import GenerationFields, LoraChoice
 from broker.errors import QueueFull, ResultStoreFull
 from broker.messages import (
@@ -232,10 +233,16 @@ class Admission:
     """Puts jobs into the queue, or says why not and when to come back."""
 
     def __init__(
-        self, broker: RedisBroker, fleet: Fleet, catalog: Mapping[str, ModelSpec], limits: Limits, metrics: Metrics
+        self,
+        broker: RedisBroker,
+        fleet: Fleet,
+        catalog: Mapping[str, ModelSpec],
+        limits: Limits,
+        metrics: Metrics,
+        rates: Rates,
     ) -> None:
         self._broker, self._fleet, self._catalog = broker, fleet, catalog
-        self._limits, self._metrics = limits, metrics
+        self._limits, self._metrics, self._rates = limits, metrics, rates
 
     def find_model(self, name: str, caller: Caller) -> ModelSpec:
         """Raises UnknownModelError or Forbidden; both list the models that the caller may use."""
@@ -257,6 +264,7 @@ class Admission:
         """Raises Forbidden, ModelNotReady, RateExceeded, Overloaded or BrokerUnavailable."""
         check_lane(job.lane, caller)
         await self._check_ready(job.model)
+        await self._rates.take(job, caller)
         self._metrics.submitted(job)
         is_in = False
         try:

@@ -23,6 +23,7 @@ from app.handlers import install_error_handlers
 from app.keys import KeyRing
 from app.metrics import Metrics
 from app.middleware import Guard, RequestContext, allowed_hosts
+from app.rates import Rates
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
@@ -90,9 +91,9 @@ async def lifespan(
 ) -> AsyncIterator[dict[str, Any]]:
     """Connected, reading replies, alive; then everything in reverse."""
     del app
-    async with connect(settings) as broker:
+    async with connect(settings) as broker, Rates(settings) as rates:
         signer = await make_signer(settings, broker)
-        gateway = build_gateway(settings, catalog, broker, metrics, keys, signer)
+        gateway = build_gateway(settings, catalog, broker, metrics, keys, signer, rates)
         replies = gateway.replies
         async with running(replies.read_forever(), replies.keep_alive_forever(), keys.watch_forever()):
             yield {"gateway": gateway}
@@ -107,6 +108,7 @@ def build_gateway(
     metrics: Metrics,
     keys: KeyRing,
     signer: Signer,
+    rates: Rates,
 ) -> Gateway:
     limits = Limits(max_depth=settings.max_depth, max_result_bytes=settings.max_result_bytes)
     fleet = Fleet(broker)
@@ -116,7 +118,7 @@ def build_gateway(
         broker=broker,
         replies=Replies(broker, f"gateway-{new_request_id()}", metrics.observe),
         fleet=fleet,
-        admission=Admission(broker, fleet, catalog, limits, metrics),
+        admission=Admission(broker, fleet, catalog, limits, metrics, rates),
         metrics=metrics,
         keys=keys,
         signer=signer,
