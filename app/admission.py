@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from app.callers import Caller
-from app.errors import ModelNotReady, Overloaded
+from app.errors import Forbidden, ModelNotReady, Overloaded
 from app.fleet import Fleet, find_warm, make_forecast
 from app.metrics import Metrics
+from app.rates import Rates
 from broker.errors import QueueFull, ResultStoreFull, TooLate
-from broker.messages import Job, WorkerInfo
+from broker.messages import Job, Lane, WorkerInfo
 from broker.redis_broker import RedisBroker
 from broker.terms import Limits, Submitted, Terms
 from models.catalog import ModelSpec, get_spec
@@ -32,23 +33,41 @@ class Admission:
     """Puts jobs into the queue, or says why not and when to come back."""
 
     def __init__(
-        self, broker: RedisBroker, fleet: Fleet, catalog: Mapping[str, ModelSpec], limits: Limits, metrics: Metrics
+        self,
+        broker: RedisBroker,
+        fleet: Fleet,
+        catalog: Mapping[str, ModelSpec],
+        limits: Limits,
+        metrics: Metrics,
+        rates: Rates,
     ) -> None:
         self._broker, self._fleet, self._catalog = broker, fleet, catalog
-        self._limits, self._metrics = limits, metrics
+        self._limits, self._metrics, self._rates = limits, metrics, rates
 
     def find_model(self, name: str, caller: Caller) -> ModelSpec:
-        """Raises UnknownModelError that lists the models there are."""
-        if name not in self._catalog:
-            return get_spec(dict(self._catalog), name[:100])
-        return self._catalog[name]
+        """Raises UnknownModelError or Forbidden; both list the models that the caller may use."""
+        allowed = self.models_of(caller)
+        if name in self._catalog and name not in allowed:
+            message = f"this key may not use the model {name!r}; it may use: {', '.join(allowed) or 'none'}"
+            raise Forbidden(message, param="model", code="model_not_allowed")
+        return get_spec(allowed, name[:100])
+
+    def models_of(self, caller: Caller) -> dict[str, ModelSpec]:
+        return {name: spec for name, spec in self._catalog.items() if caller.models is None or name in caller.models}
+
+    def default_model(self, caller: Caller, preferred: str) -> str:
+        """`preferred` where the caller may use it, else the first that it may."""
+        allowed = self.models_of(caller)
+        return preferred if preferred in allowed else next(iter(allowed), preferred)
 
     async def submit(self, job: Job, caller: Caller, terms: Terms | None = None) -> Submitted:
-        """Raises ModelNotReady, Overloaded, IdempotencyConflict or BrokerUnavailable.
+        """Raises Forbidden, ModelNotReady, RateExceeded, Overloaded, IdempotencyConflict or BrokerUnavailable.
 
         The answer may be an older request; `terms` say when. Weight and forecast are filled in here.
         """
+        check_lane(job.lane, caller)
         workers = await self._check_ready(job.model)
+        await self._rates.take(job, caller)
         forecast = make_forecast(workers, job.params, self._catalog[job.model])
         terms = replace(terms or Terms(), weight=caller.weight, forecast=forecast)
         self._metrics.submitted(job)
@@ -73,6 +92,12 @@ class Admission:
         state = f" ({'; '.join(doing)})" if doing else " (no worker is running)"
         message = f"no worker holds {model} ready yet{state}"
         raise ModelNotReady(message, param="model", retry_after_ms=NOT_READY_RETRY_MS)
+
+
+def check_lane(lane: Lane, caller: Caller) -> None:
+    if lane not in caller.lanes:
+        allowed = ", ".join(sorted(caller.lanes))
+        raise Forbidden(f"this key may not use the {lane} lane; it may use: {allowed}", code="lane_not_allowed")
 
 
 def _overloaded(error: QueueFull | ResultStoreFull | TooLate) -> Overloaded:

@@ -8,7 +8,8 @@ from typing import Annotated, cast
 from fastapi import Depends, Header
 from fastapi.requests import HTTPConnection
 
-from app.callers import ANONYMOUS, Caller
+from app.auth import authenticate
+from app.callers import Caller
 from app.gateway import Gateway
 
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -22,10 +23,10 @@ def get_request_id(connection: HTTPConnection) -> str:
     return cast(str, connection.state.request_id)
 
 
-def identify(connection: HTTPConnection) -> Caller:
-    """The place of API keys."""
-    del connection
-    return ANONYMOUS
+async def identify(connection: HTTPConnection) -> Caller:
+    """Raises Unauthorized."""
+    gateway = get_gateway(connection)
+    return authenticate(connection.headers, gateway.keys, allow_anonymous=gateway.settings.allow_anonymous)
 
 
 def get_traceparent(traceparent: Annotated[str | None, Header()] = None) -> str | None:

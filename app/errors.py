@@ -12,6 +12,10 @@ GatewayError
 │   ├── GenerationCancelled
 │   ├── GenerationSuperseded
 │   └── GenerationExpired
+├── Unauthorized             the API key is missing, wrong or revoked
+├── Forbidden                the key may not use this model or lane
+├── RateExceeded             more than the key's requests or images per minute
+├── InvalidToken             a signed token that is forged, made for something else, or expired
 ├── WrongHost                a Host header that doesn't name this server
 └── ClientGone               nobody is left to read the answer
 
@@ -88,6 +92,22 @@ class GenerationExpired(GenerationFailed):
     """Its deadline passed before it could be drawn."""
 
 
+class Unauthorized(GatewayError):
+    """The API key is missing, wrong or revoked."""
+
+
+class Forbidden(GatewayError):
+    """The key may not use this model or lane."""
+
+
+class RateExceeded(GatewayError):
+    """More than the key's requests or images per minute: come back after `retry_after_ms`."""
+
+
+class InvalidToken(GatewayError):
+    """A signed token that is forged, made for something else, or expired."""
+
+
 class WrongHost(GatewayError):
     """A Host header that doesn't name this server: a page elsewhere may be rebinding DNS."""
 
@@ -112,6 +132,9 @@ _SERVER = "server_error"
 TABLE: dict[type[Exception], Row] = {
     InvalidRequest: Row(400, _REQUEST, "invalid_value"),
     WrongHost: Row(400, _REQUEST, "wrong_host"),
+    Unauthorized: Row(401, _REQUEST, "invalid_api_key"),
+    InvalidToken: Row(401, _REQUEST, "invalid_token"),
+    Forbidden: Row(403, _REQUEST, "not_allowed"),
     UnknownModelError: Row(404, _REQUEST, "model_not_found"),
     RequestNotFound: Row(404, _REQUEST, "generation_not_found"),
     ImageNotReady: Row(404, _REQUEST, "image_not_ready"),
@@ -122,6 +145,7 @@ TABLE: dict[type[Exception], Row] = {
     ImageGone: Row(410, _REQUEST, "image_gone"),
     UnsupportedBody: Row(415, _REQUEST, "unsupported_media_type"),
     Overloaded: Row(429, "rate_limit_error", "queue_full"),
+    RateExceeded: Row(429, "rate_limit_error", "rate_limit_exceeded"),
     ClientGone: Row(499, _REQUEST, "client_gone"),
     GenerationFailed: Row(500, _SERVER, "generation_failed", should_retry=False),
     ModelNotReady: Row(503, _SERVER, "model_not_ready"),
@@ -170,7 +194,7 @@ def render(error: Exception) -> ErrorAnswer:
 def answer(
     row: Row, message: str, *, param: str | None = None, code: str | None = None, retry_after_ms: int | None = None
 ) -> ErrorAnswer:
-    headers: dict[str, str] = {}
+    headers = {"WWW-Authenticate": "Bearer"} if row.status == 401 else {}
     if retry_after_ms is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_ms / 1000)))
         headers["retry-after-ms"] = str(retry_after_ms)

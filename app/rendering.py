@@ -99,7 +99,7 @@ def _show_image(request_id: str, picture: Picture, with_bytes: bool) -> Generate
         format=picture.format,
         width=picture.width,
         height=picture.height,
-        url=f"{generation_path(request_id)}/images/{picture.index}",
+        url=image_path(request_id, picture.index),
         b64_json=to_base64(picture.data) if with_bytes and picture.data else None,
     )
 
@@ -131,6 +131,10 @@ def to_base64(data: bytes) -> str:
 
 def generation_path(request_id: str) -> str:
     return f"/v1/generations/{request_id}"
+
+
+def image_path(request_id: str, index: int) -> str:
+    return f"{generation_path(request_id)}/images/{index}"
 
 
 def result_headers(job: Job, completed: Completed, origin: Origin = "new") -> dict[str, str]:

@@ -89,6 +89,22 @@ class LiveAck(_Request):
     frame: Annotated[int, Field(ge=1, le=MAX_SEED)]
 
 
+class LiveAuth(_Request):
+    type: Literal["auth"]
+    token: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class LiveTokenRequest(_Request):
+    """Body of `POST /v1/live/tokens`. `user` names whom the token is for: tokens of one user share its rate."""
+
+    origin: Annotated[str, Field(min_length=1, max_length=300)]
+    model: Name | None = None
+    ttl_s: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_messages_per_s: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = None
+    max_images_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+
+
 class OpenAIImageRequest(_Request):
     """Body of `POST /v1/images/generations`: OpenAI's fields, and ours by the SDK's `extra_body`.
 
@@ -183,6 +199,17 @@ class Generation(BaseModel):
     timings: GenerationTimings | None
     warnings: list[str]
     error: Annotated[ErrorDetail | None, Field(exclude_if=_is_none)] = None
+
+
+class LiveTokenAnswer(BaseModel):
+    """A live token. `expires_at` is in seconds since the epoch; a page's socket asks for `subprotocols` as they are."""
+
+    token: str
+    expires_at: float
+    expires_in_s: int
+    model: str
+    origin: str
+    subprotocols: list[str]
 
 
 class PreviewData(BaseModel):

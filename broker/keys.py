@@ -38,6 +38,8 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "kept": (),  # sorted set of kept results and their bytes, by the time they end
     "spare": (),  # the same, by the time from which they are promised to nobody
     "kept_bytes": (),  # the sum of it
+    "rates": (),  # what the keys of callers' budgets start with
+    "secret": (),  # what all gateways sign tokens with, unless a setting says
     "dead": (),  # stream: requests that lost three workers
 }
 
@@ -62,6 +64,12 @@ class Keys:
 
     def dead(self) -> str:
         return self.build("dead")
+
+    def rates(self) -> str:
+        return self.build("rates")
+
+    def secret(self) -> str:
+        return self.build("secret")
 
     def build(self, kind: str, *parts: str) -> str:
         if len(parts) != len(_KINDS[kind]):

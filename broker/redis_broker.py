@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -176,6 +177,11 @@ class RedisBroker:
     async def workers(self) -> list[WorkerInfo]:
         """The live ones, as their last heartbeat described them; without those that another version wrote."""
         return list(_readable_workers(await self._scripts.workers()))
+
+    async def shared_secret(self) -> bytes:
+        """32 random bytes, the same for all gateways on this Redis and prefix: drawn by the first that asks."""
+        await call(self._client, "SET", self._keys.secret(), secrets.token_bytes(32), "NX")
+        return bytes(await call(self._client, "GET", self._keys.secret()))
 
     # The worker's side
 

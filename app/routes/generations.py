@@ -7,15 +7,24 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Path
-from fastapi.requests import Request
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query
+from fastapi.requests import HTTPConnection, Request
 from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from app.dependencies import CallerDep, DeadlineDep, GatewayDep, IdempotencyKeyDep, RequestIdDep, TraceparentDep
+from app.dependencies import (
+    CallerDep,
+    DeadlineDep,
+    GatewayDep,
+    IdempotencyKeyDep,
+    RequestIdDep,
+    TraceparentDep,
+    identify,
+)
 from app.errors import ImageGone, ImageNotReady, ending_error
 from app.fleet import find_warm
 from app.gateway import Gateway
+from app.links import check_link
 from app.negotiation import Answer, Preference, negotiate, parse_prefer
 from app.parameters import Defaults, complete, earliest, find_warnings
 from app.rendering import (
@@ -66,7 +75,7 @@ async def create_generation(
     """Draws a picture. The answer is its bytes or JSON, by `Accept`; 202 and `Location` where the wait ends first."""
     preference = parse_prefer(prefer or [])
     answer = negotiate(accept, body.output_format, body.num_images or 1)
-    spec = gateway.admission.find_model(body.model or gateway.settings.default_model, caller)
+    spec = gateway.find_model(body.model, caller)
     params = complete(body, spec, Defaults(output_format=answer.format))
     settings = gateway.settings
     job = Job(
@@ -169,9 +178,10 @@ def model_headers_of(gateway: Gateway, job: Job) -> dict[str, str]:
 # Looking it up
 
 
-async def read_own(
-    gateway: GatewayDep, caller: CallerDep, generation_id: Annotated[str, Path(max_length=64)]
-) -> RequestStatus:
+GenerationId = Annotated[str, Path(max_length=64)]
+
+
+async def read_own(gateway: GatewayDep, caller: CallerDep, generation_id: GenerationId) -> RequestStatus:
     """The request, if it is the caller's; for anyone else it doesn't exist."""
     status = await gateway.broker.status(generation_id)
     if status.job.owner != caller.owner:
@@ -203,11 +213,25 @@ async def read_image(gateway: GatewayDep, status: OwnStatus) -> Response:
     return picture_answer(gateway, status, 0)
 
 
+async def read_by_link_or_own(
+    connection: HTTPConnection,
+    gateway: GatewayDep,
+    generation_id: GenerationId,
+    index: Annotated[int, Path(ge=0, le=1000)],
+    token: Annotated[str | None, Query(max_length=1000)] = None,
+) -> RequestStatus:
+    """With the token of a signed link nobody has to say who they are."""
+    if token is None:
+        return await read_own(gateway, await identify(connection), generation_id)
+    check_link(gateway, token, generation_id, index)
+    return await gateway.broker.status(generation_id)
+
+
 @router.get("/{generation_id}/images/{index}", response_model=None, responses={200: {"content": IMAGE_TYPES}})
 async def read_image_by_index(
-    gateway: GatewayDep, status: OwnStatus, index: Annotated[int, Path(ge=0, le=1000)]
+    gateway: GatewayDep, status: Annotated[RequestStatus, Depends(read_by_link_or_own)], index: int
 ) -> Response:
-    """The bytes of picture `index`, counted from 0."""
+    """The bytes of picture `index`, counted from 0. A signed link carries a `token` instead of an API key."""
     return picture_answer(gateway, status, index)
 
 

@@ -14,10 +14,11 @@ router = APIRouter(prefix="/v1/models", tags=["models"], responses={"default": {
 
 
 @router.get("")
-async def list_models(gateway: GatewayDep) -> ModelList:
-    workers = await gateway.fleet.workers()
-    cards = [show_model(spec, workers) for spec in gateway.catalog.values()]
-    return ModelList(default=gateway.settings.default_model, data=cards)
+async def list_models(gateway: GatewayDep, caller: CallerDep) -> ModelList:
+    """Those that the caller may use."""
+    workers, admission = await gateway.fleet.workers(), gateway.admission
+    cards = [show_model(spec, workers) for spec in admission.models_of(caller).values()]
+    return ModelList(default=gateway.default_model(caller), data=cards)
 
 
 @router.get("/{model}")

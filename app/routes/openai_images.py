@@ -23,6 +23,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from app.dependencies import CallerDep, DeadlineDep, GatewayDep, IdempotencyKeyDep, RequestIdDep, TraceparentDep
 from app.errors import ErrorAnswer, ending_error, invalid, render
 from app.gateway import Gateway
+from app.links import sign_link
 from app.parameters import Defaults, check_size_text, complete, earliest, find_warnings
 from app.rendering import model_headers, result_headers, to_base64
 from app.replies import Subscription
@@ -57,7 +58,7 @@ async def create_image(
 ) -> Response:
     """Draws `n` pictures; with `stream`, one picture with real previews on the way."""
     check_offered(body)
-    spec = gateway.admission.find_model(body.model or gateway.settings.default_model, caller)
+    spec = gateway.find_model(body.model, caller)
     params = choose_params(body, spec)
     settings = gateway.settings
     is_kept = idempotency_key is not None or body.response_format == "url"
@@ -149,11 +150,19 @@ async def draw_images(
     if not isinstance(ending, Completed):
         raise ending_error(ending)
     headers = headers | result_headers(entry.job, ending, entry.submitted.origin)
-    return JSONResponse(show_images(body, entry.job, ending), headers=headers)
+    pictures = [show_picture(body, entry.job, picture, gateway, request) for picture in ending.pictures]
+    return JSONResponse(show_images(body, entry.job, pictures), headers=headers)
 
 
-def show_images(body: OpenAIImageRequest, job: Job, completed: Completed) -> dict[str, Any]:
-    data = [{"b64_json": to_base64(picture.data), "seed": picture.seed} for picture in completed.pictures]
+def show_picture(
+    body: OpenAIImageRequest, job: Job, picture: Picture, gateway: Gateway, request: Request
+) -> dict[str, Any]:
+    if body.response_format == "url":
+        return {"url": sign_link(gateway, request, job.request_id, picture.index), "seed": picture.seed}
+    return {"b64_json": to_base64(picture.data), "seed": picture.seed}
+
+
+def show_images(body: OpenAIImageRequest, job: Job, data: list[dict[str, Any]]) -> dict[str, Any]:
     echo = {"safety_identifier": body.safety_identifier} if body.safety_identifier else {}
     return {"created": int(time.time()), "data": data, **describe(body, job.params), "usage": NO_TOKENS, **echo}
 

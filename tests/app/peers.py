@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import struct
 import uuid
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from broker.messages import (
     Cancelled,
     Completed,
     Delivery,
+    Expired,
     Failed,
     ImageFormat,
     JobError,
@@ -44,6 +46,13 @@ def encode(color: tuple[int, int, int], params: SamplingParams, format: ImageFor
 def color_of(params: SamplingParams, index: int) -> tuple[int, int, int]:
     """Tells pictures apart: by seed and by prompt."""
     return (params.seed + index) % 256, len(params.prompt) % 256, params.num_inference_steps
+
+
+def end_of(delivery: Delivery) -> float:
+    """When its deadline passes, by the loop's clock."""
+    if delivery.job.deadline_ms is None:
+        return math.inf
+    return asyncio.get_running_loop().time() + (delivery.job.deadline_ms - delivery.waited_ms) / 1000
 
 
 class Painter:
@@ -112,8 +121,11 @@ class Painter:
 
     async def _paint(self, delivery: Delivery) -> None:
         request_id, params = delivery.job.request_id, delivery.job.params
+        end_s = end_of(delivery)
         for step in range(1, params.num_inference_steps + 1):
-            await self._wait(request_id)
+            await self._wait(request_id, end_s)
+            if asyncio.get_running_loop().time() >= end_s:
+                return await self._finish(Expired(request_id))
             if request_id in self._aborted:
                 return await self._finish(self._stopped(request_id))
             if params.previews and step < params.num_inference_steps:
@@ -122,9 +134,10 @@ class Painter:
             return await self._finish(Failed(request_id, self.fail_with))
         return await self._finish(self._complete(delivery))
 
-    async def _wait(self, request_id: str) -> None:
+    async def _wait(self, request_id: str, end_s: float) -> None:
+        clock = asyncio.get_running_loop().time
         await asyncio.sleep(self.step_s)
-        while not self.gate.is_set() and request_id not in self._aborted:  # noqa: ASYNC110
+        while not self.gate.is_set() and request_id not in self._aborted and clock() < end_s:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
     def _stopped(self, request_id: str) -> TerminalEvent:

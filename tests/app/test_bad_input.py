@@ -175,7 +175,7 @@ async def test_unknown_models_list_those_there_are(api: Api) -> None:
         ("GET", NATIVE, 405, "method_not_allowed"),
         ("PUT", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/v1/models/none", 404, "model_not_found"),
-        ("GET", "/v1/generations/x/images/-1", 404, "generation_not_found"),
+        ("GET", "/v1/generations/x/images/-1", 400, "invalid_value"),
         ("GET", f"/v1/generations/{'x' * 100}", 400, "invalid_value"),
         ("GET", "/v1/live", 404, "not_found"),
     ],
