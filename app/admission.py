@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from app.callers import Caller
 from app.errors import ModelNotReady, Overloaded, invalid
 from app.metrics import Metrics
+from app.policy import PromptPolicy
 from app.schemas import GenerationFields, LoraChoice
 from broker.errors import QueueFull, ResultStoreFull
 from broker.messages import (
@@ -231,10 +232,16 @@ class Admission:
     """Puts jobs into the queue, or says why not and when to come back."""
 
     def __init__(
-        self, broker: RedisBroker, fleet: Fleet, catalog: Mapping[str, ModelSpec], limits: Limits, metrics: Metrics
+        self,
+        broker: RedisBroker,
+        fleet: Fleet,
+        catalog: Mapping[str, ModelSpec],
+        limits: Limits,
+        metrics: Metrics,
+        policy: PromptPolicy,
     ) -> None:
         self._broker, self._fleet, self._catalog = broker, fleet, catalog
-        self._limits, self._metrics = limits, metrics
+        self._limits, self._metrics, self._policy = limits, metrics, policy
 
     def find_model(self, name: str, caller: Caller) -> ModelSpec:
         """Raises UnknownModelError that lists the models there are."""
@@ -243,8 +250,9 @@ class Admission:
         return self._catalog[name]
 
     async def submit(self, job: Job, caller: Caller) -> Submitted:
-        """Raises ModelNotReady, Overloaded or BrokerUnavailable."""
+        """Raises ModelNotReady, PromptBlocked, PromptCheckFailed, Overloaded or BrokerUnavailable."""
         await self._check_ready(job.model)
+        await self._policy.review(job, self._catalog[job.model])
         self._metrics.submitted(job)
         is_in = False
         try:

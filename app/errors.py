@@ -2,6 +2,8 @@
 
 GatewayError
 ├── InvalidRequest           a field that is missing, unknown or out of its limits
+├── PromptBlocked            the operator's prompt check refused it
+├── PromptCheckFailed        the operator's prompt check gave no answer
 ├── UnsupportedBody          a body that isn't declared as JSON
 ├── NotAcceptable            none of the types in Accept can be made
 ├── ModelNotReady            no live worker holds the model warm
@@ -11,7 +13,8 @@ GatewayError
 ├── GenerationFailed         the request ended without a picture
 │   ├── GenerationCancelled
 │   ├── GenerationSuperseded
-│   └── GenerationExpired
+│   ├── GenerationExpired
+│   └── PictureBlocked       the model's safety checker blocked what was drawn
 ├── WrongHost                a Host header that doesn't name this server
 └── ClientGone               nobody is left to read the answer
 
@@ -28,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
-from broker.messages import Cancelled, Expired, Failed, JobError, Superseded
+from broker.messages import CONTENT_BLOCKED, Cancelled, Expired, Failed, JobError, Superseded
 from models.catalog import UnknownModelError
 
 MAX_SHOWN_CHARS = 60
@@ -46,6 +49,14 @@ class GatewayError(Exception):
 
 class InvalidRequest(GatewayError):
     """A field that is missing, unknown or out of its limits; the message says what is allowed."""
+
+
+class PromptBlocked(GatewayError):
+    """The operator's prompt check refused it."""
+
+
+class PromptCheckFailed(GatewayError):
+    """The operator's prompt check gave no answer, which is not a yes."""
 
 
 class UnsupportedBody(GatewayError):
@@ -88,6 +99,10 @@ class GenerationExpired(GenerationFailed):
     """Its deadline passed before it could be drawn."""
 
 
+class PictureBlocked(GenerationFailed):
+    """The model's safety checker blocked what was drawn."""
+
+
 class WrongHost(GatewayError):
     """A Host header that doesn't name this server: a page elsewhere may be rebinding DNS."""
 
@@ -112,6 +127,8 @@ _SERVER = "server_error"
 TABLE: dict[type[Exception], Row] = {
     InvalidRequest: Row(400, _REQUEST, "invalid_value"),
     WrongHost: Row(400, _REQUEST, "wrong_host"),
+    PromptBlocked: Row(400, _REQUEST, CONTENT_BLOCKED),
+    PictureBlocked: Row(400, _REQUEST, CONTENT_BLOCKED),
     UnknownModelError: Row(404, _REQUEST, "model_not_found"),
     RequestNotFound: Row(404, _REQUEST, "generation_not_found"),
     ImageNotReady: Row(404, _REQUEST, "image_not_ready"),
@@ -124,6 +141,7 @@ TABLE: dict[type[Exception], Row] = {
     ClientGone: Row(499, _REQUEST, "client_gone"),
     GenerationFailed: Row(500, _SERVER, "generation_failed", should_retry=False),
     ModelNotReady: Row(503, _SERVER, "model_not_ready"),
+    PromptCheckFailed: Row(503, _SERVER, "prompt_check_failed"),
     BrokerUnavailable: Row(503, _SERVER, "queue_unavailable"),
     BrokerError: Row(500, _SERVER, "queue_error"),
     GenerationExpired: Row(504, _SERVER, "deadline_exceeded", should_retry=False),
@@ -258,5 +276,7 @@ def ending_error(ending: Failed | Superseded | Cancelled | Expired) -> Generatio
 
 
 def _failure(error: JobError) -> GenerationFailed:
+    if error.code == CONTENT_BLOCKED:
+        return PictureBlocked(error.message)
     retry_after_ms = _DEFAULT_RETRY_AFTER_MS if error.is_retryable else None
     return GenerationFailed(error.message, code=error.code, retry_after_ms=retry_after_ms)

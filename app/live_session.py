@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app.admission import Defaults, check_steps, choose_decoder, complete, draw_seed, find_warnings, new_request_id
 from app.callers import Caller
-from app.errors import GatewayError, GenerationFailed, InvalidRequest, ending_error, invalid
+from app.errors import GatewayError, GenerationFailed, InvalidRequest, ending_error, invalid, render
 from app.gateway import Gateway
 from app.live_outbox import Outbox
 from app.live_protocol import (
@@ -231,6 +231,7 @@ class LiveSession:
                     raise_if_cancelled()
                     await self._show(drawing, subscription)
         except (GatewayError, BrokerError) as error:
+            self._gateway.metrics.rejected.labels(render(error).code).inc()
             self._refuse(error, drawing.seq, drawing.job.request_id)
         finally:
             self._num_under_way -= 1

@@ -22,6 +22,7 @@ from app.gateway import Gateway
 from app.handlers import install_error_handlers
 from app.metrics import Metrics
 from app.middleware import Guard, RequestContext, allowed_hosts
+from app.policy import PromptPolicy, load_prompt_check
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
@@ -47,10 +48,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     catalog = load_catalog(settings.catalog)
     check_default_model(settings, catalog)
     metrics = Metrics()
+    policy = PromptPolicy(load_prompt_check(settings.prompt_check), settings.prompt_check_timeout_s, metrics)
     app = FastAPI(
         title="fewstep",
         summary="Real-time text-to-image",
-        lifespan=partial(lifespan, settings=settings, catalog=catalog, metrics=metrics),
+        lifespan=partial(lifespan, settings=settings, catalog=catalog, metrics=metrics, policy=policy),
         docs_url=None,  # Swagger's page is fetched from elsewhere
         redoc_url=None,
     )
@@ -82,12 +84,12 @@ def add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) ->
 
 @asynccontextmanager
 async def lifespan(
-    app: FastAPI, *, settings: GatewaySettings, catalog: dict[str, ModelSpec], metrics: Metrics
+    app: FastAPI, *, settings: GatewaySettings, catalog: dict[str, ModelSpec], metrics: Metrics, policy: PromptPolicy
 ) -> AsyncIterator[dict[str, Any]]:
     """Connected, reading replies, alive; then everything in reverse."""
     del app
     async with connect(settings) as broker:
-        gateway = build_gateway(settings, catalog, broker, metrics)
+        gateway = build_gateway(settings, catalog, broker, metrics, policy)
         async with running(gateway.replies.read_forever(), gateway.replies.keep_alive_forever()):
             yield {"gateway": gateway}
         with contextlib.suppress(BrokerUnavailable):
@@ -95,7 +97,11 @@ async def lifespan(
 
 
 def build_gateway(
-    settings: GatewaySettings, catalog: dict[str, ModelSpec], broker: RedisBroker, metrics: Metrics
+    settings: GatewaySettings,
+    catalog: dict[str, ModelSpec],
+    broker: RedisBroker,
+    metrics: Metrics,
+    policy: PromptPolicy,
 ) -> Gateway:
     limits = Limits(max_depth=settings.max_depth, max_result_bytes=settings.max_result_bytes)
     fleet = Fleet(broker)
@@ -105,7 +111,7 @@ def build_gateway(
         broker=broker,
         replies=Replies(broker, f"gateway-{new_request_id()}", metrics.observe),
         fleet=fleet,
-        admission=Admission(broker, fleet, catalog, limits, metrics),
+        admission=Admission(broker, fleet, catalog, limits, metrics, policy),
         metrics=metrics,
     )
 

@@ -38,6 +38,7 @@ class Metrics:
             "fewstep_request_duration_seconds", "HTTP requests until their last byte.", "route", "status"
         )
         self.rejected = self._counter("fewstep_rejected", "Requests refused before they got into the queue.", "reason")
+        self.prompt_check = self._histogram("fewstep_prompt_check_seconds", "The operator's prompt check.", "result")
 
     def _add_request_metrics(self) -> None:
         self.queue_wait = self._histogram("fewstep_queue_wait_seconds", "From submit to a worker's hands.", "model")

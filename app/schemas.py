@@ -90,7 +90,8 @@ class LiveAck(_Request):
 class OpenAIImageRequest(_Request):
     """Body of `POST /v1/images/generations`: OpenAI's fields, and ours by the SDK's `extra_body`.
 
-    `quality`, `moderation`, `style` and `user` change nothing here and are accepted for clients that send them.
+    `quality`, `moderation` and `style` change nothing here and are accepted for clients that send them; `user` and
+    `safety_identifier` reach the operator's prompt check alone.
     """
 
     prompt: Text

@@ -21,7 +21,7 @@ class GatewaySettings(SharedSettings):
     """Sizes are bytes, times end in `_s` or `_ms`.
 
     `allowed_origins` are further origins ("https://example.org") that may open a live socket, `allowed_hosts` further
-    names that the Host header may carry; both may be comma-separated.
+    names that the Host header may carry; both may be comma-separated. `prompt_check` is "package.module:function".
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +44,9 @@ class GatewaySettings(SharedSettings):
     live_idle_s: float = Field(default=300, gt=0)
     live_send_timeout_s: float = Field(default=5, gt=0)
     live_reconnect_in_ms: int = Field(default=1000, ge=0)
+
+    prompt_check: str | None = None
+    prompt_check_timeout_s: float = Field(default=2, gt=0, le=60)
 
     allow_anonymous: bool = False
     allowed_origins: Names = ()

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter
 
 SCHEMA_VERSION = 1
 MAX_SEED = 2**53 - 1
+CONTENT_BLOCKED = "content_policy_violation"  # OpenAI's code, which its clients know
 
 Lane = Literal["live", "api"]
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -64,7 +65,7 @@ class Job:
     `owner` is the key (or "anonymous") whose line it waits in, `session` the live connection it belongs to,
     `gateway_id` the first subscriber of its events (None: nobody waits). `keep_s` is how long its log and pictures
     outlive its end; 0 keeps states only. `deadline_ms` counts from the submit, by Redis' clock. `input_image` is the
-    place of image-to-image, not offered yet.
+    place of image-to-image, not offered yet. `user` is what an application calls its own end user.
     """
 
     request_id: str
@@ -79,6 +80,7 @@ class Job:
     warnings: tuple[str, ...] = ()
     traceparent: str | None = None
     input_image: str | None = None
+    user: str | None = None
     schema_version: int = SCHEMA_VERSION
 
 

@@ -66,6 +66,7 @@ async def create_image(
         keep_s=gateway.settings.keep_sync_s,
         warnings=find_warnings(params, spec),
         traceparent=traceparent,
+        user=body.safety_identifier or body.user,
     )
     if body.stream:
         return await stream_image(body, job, gateway, caller)
