@@ -89,6 +89,16 @@ def complete(fields: GenerationFields, spec: ModelSpec, defaults: Defaults) -> S
 
 def find_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
     """What is accepted but has no effect."""
+    return _negative_prompt_warnings(params, spec) + _preview_warnings(params, spec)
+
+
+def _preview_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
+    if not params.previews or spec.safety_checker is None:
+        return ()
+    return (f"previews has no effect: a safety checker judges the pictures of {spec.name} when they are finished",)
+
+
+def _negative_prompt_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
     if not params.negative_prompt or spec.is_guided(params.guidance_scale):
         return ()
     if spec.guidance_embedded:
@@ -210,6 +220,8 @@ def cost_per_request_ms(warm: WarmModel, num_steps: int) -> float:
     """What one request of the default size costs a worker whose batch is as large as it should be."""
     costs = warm.sizes[0]
     batch_ms = num_steps * cost_at(costs.step_ms, costs.max_rows) + cost_at(costs.decode_ms, costs.max_rows)
+    if costs.check_ms:
+        batch_ms += cost_at(costs.check_ms, costs.max_rows)
     return warm.text_ms + batch_ms / costs.max_rows
 
 

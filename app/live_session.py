@@ -185,7 +185,8 @@ class LiveSession:
     def _plan(self, message: LiveGenerate) -> Drawing:
         spec = self._gateway.admission.find_model(message.model or self._gateway.settings.default_model, self._caller)
         quick: Decoder = "tiny" if message.refine else "full"
-        defaults = Defaults(output_format="jpeg", previews=True, decoder=quick, seed=self._seed)
+        previews = spec.safety_checker is None
+        defaults = Defaults(output_format="jpeg", previews=previews, decoder=quick, seed=self._seed)
         params = complete(message, spec, defaults)
         job = self._make_job(spec, params, message.deadline_ms)
         if message.refine is None:

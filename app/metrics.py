@@ -11,7 +11,7 @@ from broker.messages import Completed, Job, LoggedEvent, Timings, WorkerInfo
 
 # From 1 ms: a few-step picture on a GPU takes less than the smallest bucket of most servers.
 BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-STAGES = ("text", "denoise", "decode", "encode")
+STAGES = ("text", "denoise", "decode", "check", "encode")
 MAX_TRACKED = 20_000
 
 
@@ -94,7 +94,9 @@ class Metrics:
     def _observe_timings(self, model: str, timings: Timings) -> None:
         self.queue_wait.labels(model).observe(timings.queue_ms / 1000)
         for stage in STAGES:
-            self.stage.labels(model, stage).observe(getattr(timings, f"{stage}_ms") / 1000)
+            ms = getattr(timings, f"{stage}_ms")
+            if ms or stage != "check":  # a stage that most models don't have
+                self.stage.labels(model, stage).observe(ms / 1000)
 
     def set_queue(self, depths: Mapping[str, Mapping[str, int]], workers: Iterable[WorkerInfo]) -> None:
         """Fills in what only Redis knows, right before a scrape."""

@@ -32,7 +32,7 @@ from broker.messages import (
 from broker.redis_broker import RequestStatus
 from models.catalog import ModelSpec
 
-STAGES = ("queue", "text", "denoise", "decode", "encode", "total")
+STAGES = ("queue", "text", "denoise", "decode", "check", "encode", "total")
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,7 @@ class GenerationTimings(BaseModel):
     text_ms: float
     denoise_ms: float
     decode_ms: float
+    check_ms: float
     encode_ms: float
     total_ms: float
     steps_ms: list[float]
@@ -197,6 +198,7 @@ class SizeCard(BaseModel):
     step_ms: dict[int, float]
     decode_ms: dict[int, float]
     preview_ms: dict[int, float]
+    check_ms: dict[int, float]
 
 
 class WorkerCosts(BaseModel):
@@ -239,6 +241,7 @@ class ModelCard(BaseModel):
     max_num_images: int
     max_prompt_chars: int
     has_tiny_decoder: bool
+    has_safety_checker: bool
     example_prompts: list[str]
     deprecated: str | None
     sunset: str | None

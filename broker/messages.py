@@ -7,7 +7,7 @@ as raw fields: `encode_*` and `decode_*` at the end are the only places that kno
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
@@ -127,7 +127,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds of each stage of one request; `steps_ms` has one entry per denoising step."""
+    """Milliseconds of each stage of one request; `steps_ms` has one entry per denoising step.
+
+    `check_ms` is the safety checker's, 0 for a model without one.
+    """
 
     queue_ms: float
     text_ms: float
@@ -136,6 +139,7 @@ class Timings:
     encode_ms: float
     total_ms: float
     steps_ms: tuple[float, ...] = ()
+    check_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +231,7 @@ class SizeCosts:
     """What one picture size costs: milliseconds of a batch by its rows.
 
     `max_rows` is how far a batch may grow: beyond it one more row costs the others more than it saves in the queue.
+    `check_ms` is empty for a model without a safety checker.
     """
 
     width: int
@@ -235,6 +240,7 @@ class SizeCosts:
     step_ms: dict[int, float]
     decode_ms: dict[int, float]
     preview_ms: dict[int, float]
+    check_ms: dict[int, float] = field(default_factory=dict)
 
 
 def cost_at(table: Mapping[int, float], rows: int) -> float:
