@@ -23,7 +23,7 @@ from workers.settings import WorkerSettings
 from workers.worker import Worker
 
 __all__ = ["start_api"]  # a fixture
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("content policy")]
 APPLE = {"prompt": "a red apple", "seed": 7}
 
 
@@ -47,7 +47,7 @@ async def both(start_api: StartApi, redis_url: str, tmp_path_factory: pytest.Tem
         start_api(has_worker=False, prefix=prefix, catalog=catalog, default_model="open") as api,
     ):
         tasks.create_task(worker.serve())
-        while not (await api.http.get("/v1/models/shut")).json()["ready"]:
+        while not (await api.http.get("/v1/models/shut")).json()["ready"]:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         yield Both(api, worker)
         worker.request_stop()
