@@ -240,11 +240,11 @@ def generate(
 def _draw(job: Job, spec: ModelSpec, settings: WorkerSettings, output: Path) -> None:
     from broker.messages import Delivery
     from models.loading import load_pipeline
-    from workers.engine import Engine, Finished, GenerationFailed
+    from workers.engine import Blocked, Engine, Finished, GenerationFailed
     from workers.engine.engine import run_until_done
     from workers.engine.runner import ModelRunner
     from workers.images import encode_picture
-    from workers.publisher import collect_warnings
+    from workers.publisher import collect_warnings, explain_block
     from workers.worker import place
 
     _hush_libraries()
@@ -258,6 +258,8 @@ def _draw(job: Job, spec: ModelSpec, settings: WorkerSettings, output: Path) -> 
                 console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
             steps_ms = ", ".join(f"{ms:.0f}" for ms in request.steps_ms)
             console.print(f"{output}: seed {job.params.seed}, steps {steps_ms} ms, decode {request.decode_ms:.0f} ms")
+        case [Blocked() as blocked]:
+            _fail(explain_block(blocked))
         case [GenerationFailed(error=reason)]:
             _fail(f"{type(reason).__name__}: {reason}")
         case outputs:

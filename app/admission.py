@@ -11,6 +11,7 @@ from app.callers import Caller
 from app.errors import Forbidden, ModelNotReady, Overloaded
 from app.fleet import Fleet, find_warm, make_forecast
 from app.metrics import Metrics
+from app.policy import PromptPolicy
 from app.rates import Rates
 from broker.errors import QueueFull, ResultStoreFull, TooLate
 from broker.messages import Job, Lane, WorkerInfo
@@ -39,10 +40,11 @@ class Admission:
         catalog: Mapping[str, ModelSpec],
         limits: Limits,
         metrics: Metrics,
+        policy: PromptPolicy,
         rates: Rates,
     ) -> None:
         self._broker, self._fleet, self._catalog = broker, fleet, catalog
-        self._limits, self._metrics, self._rates = limits, metrics, rates
+        self._limits, self._metrics, self._policy, self._rates = limits, metrics, policy, rates
 
     def find_model(self, name: str, caller: Caller) -> ModelSpec:
         """Raises UnknownModelError or Forbidden; both list the models that the caller may use."""
@@ -61,13 +63,15 @@ class Admission:
         return preferred if preferred in allowed else next(iter(allowed), preferred)
 
     async def submit(self, job: Job, caller: Caller, terms: Terms | None = None) -> Submitted:
-        """Raises Forbidden, ModelNotReady, RateExceeded, Overloaded, IdempotencyConflict or BrokerUnavailable.
+        """Raises Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, Overloaded,
+        IdempotencyConflict or BrokerUnavailable.
 
         The answer may be an older request; `terms` say when. Weight and forecast are filled in here.
         """
         check_lane(job.lane, caller)
         workers = await self._check_ready(job.model)
         await self._rates.take(job, caller)
+        await self._policy.review(job, self._catalog[job.model])
         forecast = make_forecast(workers, job.params, self._catalog[job.model])
         terms = replace(terms or Terms(), weight=caller.weight, forecast=forecast)
         self._metrics.submitted(job)

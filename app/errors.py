@@ -2,6 +2,8 @@
 
 GatewayError
 ├── InvalidRequest           a field that is missing, unknown or out of its limits
+├── PromptBlocked            the operator's prompt check refused it
+├── PromptCheckFailed        the operator's prompt check gave no answer
 ├── UnsupportedBody          a body that isn't declared as JSON
 ├── NotAcceptable            none of the types in Accept can be made
 ├── ModelNotReady            no live worker holds the model warm
@@ -11,7 +13,8 @@ GatewayError
 ├── GenerationFailed         the request ended without a picture
 │   ├── GenerationCancelled
 │   ├── GenerationSuperseded
-│   └── GenerationExpired
+│   ├── GenerationExpired
+│   └── PictureBlocked       the model's safety checker blocked what was drawn
 ├── Unauthorized             the API key is missing, wrong or revoked
 ├── Forbidden                the key may not use this model or lane
 ├── RateExceeded             more than the key's requests or images per minute
@@ -32,7 +35,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.errors import BrokerError, BrokerUnavailable, IdempotencyConflict, RequestNotFound
-from broker.messages import Cancelled, Expired, Failed, JobError, Superseded
+from broker.messages import CONTENT_BLOCKED, Cancelled, Expired, Failed, JobError, Superseded
 from models.catalog import UnknownModelError
 
 MAX_SHOWN_CHARS = 60
@@ -50,6 +53,14 @@ class GatewayError(Exception):
 
 class InvalidRequest(GatewayError):
     """A field that is missing, unknown or out of its limits; the message says what is allowed."""
+
+
+class PromptBlocked(GatewayError):
+    """The operator's prompt check refused it."""
+
+
+class PromptCheckFailed(GatewayError):
+    """The operator's prompt check gave no answer, which is not a yes."""
 
 
 class UnsupportedBody(GatewayError):
@@ -92,6 +103,10 @@ class GenerationExpired(GenerationFailed):
     """Its deadline passed before it could be drawn."""
 
 
+class PictureBlocked(GenerationFailed):
+    """The model's safety checker blocked what was drawn."""
+
+
 class Unauthorized(GatewayError):
     """The API key is missing, wrong or revoked."""
 
@@ -132,6 +147,8 @@ _SERVER = "server_error"
 TABLE: dict[type[Exception], Row] = {
     InvalidRequest: Row(400, _REQUEST, "invalid_value"),
     WrongHost: Row(400, _REQUEST, "wrong_host"),
+    PromptBlocked: Row(400, _REQUEST, CONTENT_BLOCKED),
+    PictureBlocked: Row(400, _REQUEST, CONTENT_BLOCKED),
     Unauthorized: Row(401, _REQUEST, "invalid_api_key"),
     InvalidToken: Row(401, _REQUEST, "invalid_token"),
     Forbidden: Row(403, _REQUEST, "not_allowed"),
@@ -149,6 +166,7 @@ TABLE: dict[type[Exception], Row] = {
     ClientGone: Row(499, _REQUEST, "client_gone"),
     GenerationFailed: Row(500, _SERVER, "generation_failed", should_retry=False),
     ModelNotReady: Row(503, _SERVER, "model_not_ready"),
+    PromptCheckFailed: Row(503, _SERVER, "prompt_check_failed"),
     BrokerUnavailable: Row(503, _SERVER, "queue_unavailable"),
     BrokerError: Row(500, _SERVER, "queue_error"),
     GenerationExpired: Row(504, _SERVER, "deadline_exceeded", should_retry=False),
@@ -284,5 +302,7 @@ def ending_error(ending: Failed | Superseded | Cancelled | Expired) -> Generatio
 
 
 def _failure(error: JobError) -> GenerationFailed:
+    if error.code == CONTENT_BLOCKED:
+        return PictureBlocked(error.message)
     retry_after_ms = _DEFAULT_RETRY_AFTER_MS if error.is_retryable else None
     return GenerationFailed(error.message, code=error.code, retry_after_ms=retry_after_ms)

@@ -24,6 +24,7 @@ from app.handlers import install_error_handlers
 from app.keys import KeyRing
 from app.metrics import Metrics
 from app.middleware import Guard, RequestContext, allowed_hosts
+from app.policy import PromptPolicy, load_prompt_check
 from app.rates import Rates
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
@@ -54,10 +55,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     catalog = load_catalog(settings.catalog)
     check_default_model(settings, catalog)
     keys, metrics = KeyRing(settings), Metrics()
+    policy = PromptPolicy(load_prompt_check(settings.prompt_check), settings.prompt_check_timeout_s, metrics)
     app = FastAPI(
         title="fewstep",
         summary="Real-time text-to-image",
-        lifespan=partial(lifespan, settings=settings, catalog=catalog, keys=keys, metrics=metrics),
+        lifespan=partial(lifespan, settings=settings, catalog=catalog, keys=keys, metrics=metrics, policy=policy),
         docs_url=None,  # Swagger's page is fetched from elsewhere
         redoc_url=None,
     )
@@ -89,13 +91,19 @@ def add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) ->
 
 @asynccontextmanager
 async def lifespan(
-    app: FastAPI, *, settings: GatewaySettings, catalog: dict[str, ModelSpec], keys: KeyRing, metrics: Metrics
+    app: FastAPI,
+    *,
+    settings: GatewaySettings,
+    catalog: dict[str, ModelSpec],
+    keys: KeyRing,
+    metrics: Metrics,
+    policy: PromptPolicy,
 ) -> AsyncIterator[dict[str, Any]]:
     """Connected, reading replies, alive; then everything in reverse."""
     del app
     async with connect(settings) as broker, Rates(settings) as rates:
         signer = await make_signer(settings, broker)
-        gateway = build_gateway(settings, catalog, broker, metrics, keys, signer, rates)
+        gateway = build_gateway(settings, catalog, broker, metrics, keys, signer, policy, rates)
         replies = gateway.replies
         async with running(replies.read_forever(), replies.keep_alive_forever(), keys.watch_forever()):
             yield {"gateway": gateway}
@@ -110,6 +118,7 @@ def build_gateway(
     metrics: Metrics,
     keys: KeyRing,
     signer: Signer,
+    policy: PromptPolicy,
     rates: Rates,
 ) -> Gateway:
     limits = Limits(max_depth=settings.max_depth, max_result_bytes=settings.max_result_bytes)
@@ -120,7 +129,7 @@ def build_gateway(
         broker=broker,
         replies=Replies(broker, f"gateway-{new_request_id()}", metrics.observe),
         fleet=fleet,
-        admission=Admission(broker, fleet, catalog, limits, metrics, rates),
+        admission=Admission(broker, fleet, catalog, limits, metrics, policy, rates),
         metrics=metrics,
         keys=keys,
         signer=signer,

@@ -108,8 +108,9 @@ class LiveTokenRequest(_Request):
 class OpenAIImageRequest(_Request):
     """Body of `POST /v1/images/generations`: OpenAI's fields, and ours by the SDK's `extra_body`.
 
-    `complexity`, `moderation` and `style` change nothing here and are accepted for clients that send them. What belongs
-    to formats that aren't offered (GIF, SVG) is known, so that its refusal can say so.
+    `complexity`, `moderation` and `style` change nothing here and are accepted for clients that send them; `user` and
+    `safety_identifier` reach the operator's prompt check. What belongs to formats that aren't offered (GIF, SVG) is
+    known, so that its refusal can say so.
     """
 
     prompt: Text
@@ -169,6 +170,7 @@ class GenerationTimings(BaseModel):
     text_ms: float
     denoise_ms: float
     decode_ms: float
+    check_ms: float
     encode_ms: float
     total_ms: float
     steps_ms: list[float]
@@ -233,6 +235,7 @@ class SizeCard(BaseModel):
     step_ms: dict[int, float]
     decode_ms: dict[int, float]
     preview_ms: dict[int, float]
+    check_ms: dict[int, float]
 
 
 class WorkerCosts(BaseModel):
@@ -275,6 +278,7 @@ class ModelCard(BaseModel):
     max_num_images: int
     max_prompt_chars: int
     has_tiny_decoder: bool
+    has_safety_checker: bool
     example_prompts: list[str]
     deprecated: str | None
     sunset: str | None

@@ -304,7 +304,7 @@ async def test_a_worker_whose_engine_died_ends(
 
     with pytest.raises(EngineLost, match="the device is lost"):
         async with running(settings, broker):
-            monkeypatch.setattr("workers.engine.engine._check_device", die)
+            monkeypatch.setattr("workers.engine.runner.ModelRunner.ensure_device", die)
             monkeypatch.setattr("workers.engine.engine.Engine._run", die)
             await submit(broker, make_job())
             await asyncio.sleep(5)
