@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from app.admission import Admission, Fleet, new_request_id
 from app.errors import ErrorAnswer
@@ -22,7 +23,7 @@ from app.gateway import Gateway
 from app.handlers import install_error_handlers
 from app.keys import KeyRing
 from app.metrics import Metrics
-from app.middleware import Guard, RequestContext, allowed_hosts
+from app.middleware import EXPOSED_HEADERS, Guard, RequestContext, allowed_hosts
 from app.rates import Rates
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
@@ -82,7 +83,20 @@ def add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) ->
         metrics.rejected.labels(answer.code).inc()
 
     app.add_middleware(Guard, hosts=hosts, max_body_bytes=settings.max_body_bytes, on_refusal=count_refusal)
+    if settings.cors_origins:
+        add_cors(app, settings.cors_origins)
     app.add_middleware(RequestContext, metrics=metrics)
+
+
+def add_cors(app: FastAPI, origins: tuple[str, ...]) -> None:
+    """Lets pages of other sites call the API. Credentials travel in Authorization alone, never in cookies."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS,
+    )
 
 
 @asynccontextmanager
@@ -188,6 +202,8 @@ def make_server(settings: GatewaySettings) -> GatewayServer:
         ws_per_message_deflate=False,  # pictures are compressed already
         timeout_graceful_shutdown=settings.shutdown_s,
         server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
     )
     return GatewayServer(config)
 
