@@ -121,7 +121,9 @@ def _supervise(settings: GatewaySettings, redis: GivenRedis | EmbeddedRedis) -> 
 def gateway() -> None:
     """The HTTP side alone. Settings are FEWSTEP_* variables: FEWSTEP_REDIS_URL, FEWSTEP_HOST, FEWSTEP_PORT, …
 
-    Example: FEWSTEP_REDIS_URL=redis://10.0.0.5:6379 fewstep gateway
+    Who may use it has to be said: FEWSTEP_API_KEYS_FILE (see fewstep keys create), or FEWSTEP_ALLOW_ANONYMOUS=1.
+
+    Example: FEWSTEP_REDIS_URL=redis://10.0.0.5:6379 FEWSTEP_API_KEYS_FILE=keys.toml fewstep gateway
     """
     from app.main import run
     from app.settings import GatewaySettings

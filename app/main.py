@@ -25,6 +25,7 @@ from app.keys import KeyRing
 from app.metrics import Metrics
 from app.middleware import EXPOSED_HEADERS, Guard, RequestContext, allowed_hosts
 from app.rates import Rates
+from app.redaction import redact_logs
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
@@ -247,4 +248,5 @@ def configure_logging(settings: GatewaySettings) -> None:
     level = settings.log_level.upper()
     for name in ("app", "broker"):
         logging.getLogger(name).setLevel(level)
+    redact_logs()
     logging.getLogger("uvicorn").setLevel("WARNING" if level == "INFO" else level)  # it tells of every step
