@@ -327,14 +327,14 @@ def list_keys(file: KeysFile) -> None:
 
     Example: fewstep keys list --file keys.toml
     """
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from app.keys import parse_file
 
     with _one_line_errors():
         records = parse_file(file)
-    headings = ("id", "name", "weight", "requests/min", "images/min", "models", "lanes", "created")
-    table = Table(*headings, box=None, pad_edge=False)
+    headings = ("name", "weight", "requests/min", "images/min", "models", "lanes", "created")
+    table = Table(Column("id", no_wrap=True, min_width=12), *headings, box=None, pad_edge=False)
     for key_id, record in records.items():
         table.add_row(key_id, *_show_record(record))
     Console().print(table)
