@@ -121,7 +121,9 @@ def _supervise(settings: GatewaySettings, redis: GivenRedis | EmbeddedRedis) -> 
 def gateway() -> None:
     """The HTTP side alone. Settings are FEWSTEP_* variables: FEWSTEP_REDIS_URL, FEWSTEP_HOST, FEWSTEP_PORT, …
 
-    Example: FEWSTEP_REDIS_URL=redis://10.0.0.5:6379 fewstep gateway
+    Who may use it has to be said: FEWSTEP_API_KEYS_FILE (see fewstep keys create), or FEWSTEP_ALLOW_ANONYMOUS=1.
+
+    Example: FEWSTEP_REDIS_URL=redis://10.0.0.5:6379 FEWSTEP_API_KEYS_FILE=keys.toml fewstep gateway
     """
     from app.main import run
     from app.settings import GatewaySettings
@@ -327,14 +329,14 @@ def list_keys(file: KeysFile) -> None:
 
     Example: fewstep keys list --file keys.toml
     """
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from app.keys import parse_file
 
     with _one_line_errors():
         records = parse_file(file)
-    headings = ("id", "name", "weight", "requests/min", "images/min", "models", "lanes", "created")
-    table = Table(*headings, box=None, pad_edge=False)
+    headings = ("name", "weight", "requests/min", "images/min", "models", "lanes", "created")
+    table = Table(Column("id", no_wrap=True, min_width=12), *headings, box=None, pad_edge=False)
     for key_id, record in records.items():
         table.add_row(key_id, *_show_record(record))
     Console().print(table)

@@ -173,10 +173,10 @@ class LiveSession:
     async def _watch_access(self) -> None:
         """Ends the session when its token ends or its key is revoked. A key that has changed counts from now on."""
         while True:
+            self._access = self._door.confirm(self._access)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._access.seconds_left):
                     await self._gateway.keys.changed()
-            self._access = self._door.confirm(self._access)
 
     # In
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from app.admission import Admission, new_request_id
 from app.errors import ErrorAnswer
@@ -23,9 +24,10 @@ from app.gateway import Gateway
 from app.handlers import install_error_handlers
 from app.keys import KeyRing
 from app.metrics import Metrics
-from app.middleware import Guard, RequestContext, allowed_hosts
+from app.middleware import EXPOSED_HEADERS, Guard, RequestContext, allowed_hosts
 from app.policy import PromptPolicy, load_prompt_check
 from app.rates import Rates
+from app.redaction import redact_logs
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
@@ -86,7 +88,20 @@ def add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) ->
         metrics.rejected.labels(answer.code).inc()
 
     app.add_middleware(Guard, hosts=hosts, max_body_bytes=settings.max_body_bytes, on_refusal=count_refusal)
+    if settings.cors_origins:
+        add_cors(app, settings.cors_origins)
     app.add_middleware(RequestContext, metrics=metrics)
+
+
+def add_cors(app: FastAPI, origins: tuple[str, ...]) -> None:
+    """Lets pages of other sites call the API. Credentials travel in Authorization alone, never in cookies."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS,
+    )
 
 
 @asynccontextmanager
@@ -199,6 +214,8 @@ def make_server(settings: GatewaySettings) -> GatewayServer:
         ws_per_message_deflate=False,  # pictures are compressed already
         timeout_graceful_shutdown=settings.shutdown_s,
         server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
     )
     return GatewayServer(config)
 
@@ -242,4 +259,5 @@ def configure_logging(settings: GatewaySettings) -> None:
     level = settings.log_level.upper()
     for name in ("app", "broker"):
         logging.getLogger(name).setLevel(level)
+    redact_logs()
     logging.getLogger("uvicorn").setLevel("WARNING" if level == "INFO" else level)  # it tells of every step

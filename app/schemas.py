@@ -101,7 +101,7 @@ class LiveTokenRequest(_Request):
     model: Name | None = None
     ttl_s: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_messages_per_s: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = None
-    max_images_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_images_per_minute: Annotated[int, Field(ge=1, le=100_000)] | None = None
     user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
 

@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
+from app.key_file import format_entry, make_key, new_record
+from app.live_protocol import AUTH_PREFIX, SUBPROTOCOL
 from tests.service import free_port
 
 START_S = 90.0
@@ -83,3 +87,24 @@ def test_it_waits_for_redis_and_says_so() -> None:
         output, _ = process.communicate(timeout=START_S)
         assert process.returncode == 130
         assert "Traceback" not in output
+
+
+def test_no_key_is_written_down_even_at_level_debug(redis_url: str) -> None:
+    key_id, key = make_key()
+    keys = format_entry(key_id, new_record(key))
+    port = free_port()
+    with gateway(
+        FEWSTEP_REDIS_URL=redis_url, FEWSTEP_PORT=str(port), FEWSTEP_API_KEYS=keys, FEWSTEP_LOG_LEVEL="debug"
+    ) as process:
+        wait_until_alive(port)
+        address = f"127.0.0.1:{port}/v1"
+        httpx.get(f"http://{address}/models", params={"key": key}, headers={"Authorization": f"Bearer {key}"})
+        subprotocols = [Subprotocol(name) for name in (SUBPROTOCOL, AUTH_PREFIX + key)]
+        with connect(f"ws://{address}/live?x=1", subprotocols=subprotocols) as live:
+            assert "ready" in str(live.recv())
+            live.send(f'{{"type": "auth", "token": "{key}"}}')
+            assert "authenticated" in str(live.recv())
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=START_S)
+    assert "fewstep.auth.…" in output
+    assert key.split("_", 2)[2] not in output
