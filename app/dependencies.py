@@ -14,21 +14,21 @@ from app.gateway import Gateway
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-def get_gateway(connection: HTTPConnection) -> Gateway:
+async def get_gateway(connection: HTTPConnection) -> Gateway:
     return cast(Gateway, connection.state.gateway)
 
 
-def get_request_id(connection: HTTPConnection) -> str:
+async def get_request_id(connection: HTTPConnection) -> str:
     return cast(str, connection.state.request_id)
 
 
-def identify(connection: HTTPConnection) -> Caller:
+async def identify(connection: HTTPConnection) -> Caller:
     """The place of API keys."""
     del connection
     return ANONYMOUS
 
 
-def get_traceparent(traceparent: Annotated[str | None, Header()] = None) -> str | None:
+async def get_traceparent(traceparent: Annotated[str | None, Header()] = None) -> str | None:
     """W3C trace context, passed on to the worker when it is well formed."""
     return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
 
