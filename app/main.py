@@ -22,6 +22,7 @@ from app.gateway import Gateway
 from app.handlers import install_error_handlers
 from app.metrics import Metrics
 from app.middleware import Guard, RequestContext, allowed_hosts
+from app.process import prepare_process
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
@@ -174,6 +175,7 @@ def run(settings: GatewaySettings) -> None:
     server = make_server(settings)
     listener = bind(settings)
     asyncio.run(check_redis(settings))
+    prepare_process(settings.max_live_connections)
     with listener, contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
         host, port = listener.getsockname()[:2]
         log.info("the gateway serves http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import itertools
+import gc
 import json
 import random
 import re
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 import uvloop
@@ -41,6 +41,7 @@ ENGINE_MS = re.compile(rb"denoise;dur=([0-9.]+)")
 LOCATION = re.compile(rb"\r\nlocation: *(\S+)\r\n", re.IGNORECASE)
 
 CpuSeconds = dict[str, float]
+Report = TypeVar("Report")
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,24 @@ class HttpTurn:
     warm_up_s: float = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Times are `time.perf_counter`'s."""
+
+    due_s: float
+    answered_s: float
+    added_ms: float
+
+
 @dataclass(frozen=True)
 class HttpReport:
-    """Of the requests that were answered within the time that counts. `num_reopened`: connections that the server
-    would have closed for being idle."""
+    """`added_ms` are of the requests that count: without a rate those answered within the time that counts, with one
+    those that fell due in it. `num_answered` and CPU time are what lies within it either way. `num_reopened` are
+    connections that the server would have closed for being idle."""
 
     seconds: float
     added_ms: list[float]
+    num_answered: int
     cpu_s: CpuSeconds
     num_reopened: int
 
@@ -124,12 +136,12 @@ class Meter:
 
 
 def run_http(turn: HttpTurn) -> HttpReport:
-    return uvloop.run(_within(turn.warm_up_s + turn.seconds + PATIENCE_S, HttpClients(turn).run()))
+    return _run(HttpClients(turn).run(), turn.warm_up_s + turn.seconds + PATIENCE_S)
 
 
-async def _within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
-    async with asyncio.timeout(seconds):
-        return await work
+def _run(work: Coroutine[Any, Any, Report], within_s: float) -> Report:
+    gc.disable()  # pauses of the clients are none of the gateway's
+    return uvloop.run(asyncio.wait_for(work, within_s))
 
 
 class HttpClients:
@@ -137,30 +149,42 @@ class HttpClients:
         self._turn = turn
         self._requests = endless_requests(turn)
         self._meter = Meter(turn.pids)
-        self._rested: deque[Connection] = deque()
-        self._added_ms: list[float] = []
-        self._counts, self._is_over, self._num_reopened = False, False, 0
+        self._open: set[Connection] = set()
+        self._rested: asyncio.Queue[Connection] = asyncio.Queue()  # the one that rested longest is the next
+        self._answers: list[Answer] = []
+        self._is_over, self._num_reopened = False, 0
 
     async def run(self) -> HttpReport:
         turn = self._turn
-        self._rested.extend([await Connection.open(turn.port) for _ in range(turn.connections)])
-        await self._ask(self._rested[0], next(self._requests), time.perf_counter(), is_checked=True)
+        for _ in range(turn.connections):
+            self._open.add(await Connection.open(turn.port))
+        await self._ask(next(iter(self._open)), next(self._requests), time.perf_counter(), is_checked=True)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._ask_at_random(group, turn.rate_per_s) if turn.rate_per_s else self._ask_always())
+            self._start(group)
             await asyncio.sleep(turn.warm_up_s)
-            self._counts = True
             self._meter.start()
+            start_s = time.perf_counter()
             await asyncio.sleep(turn.seconds)
             seconds, cpu_s = self._meter.stop()
-            self._counts, self._is_over = False, True
-        for connection in self._rested:
+            self._is_over = True
+        for connection in self._open:
             connection.close()
-        return HttpReport(seconds, self._added_ms, cpu_s, self._num_reopened)
+        return self._report(start_s, seconds, cpu_s)
 
-    async def _ask_always(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for connection in self._rested:
+    def _start(self, group: asyncio.TaskGroup) -> None:
+        if self._turn.rate_per_s is None:
+            for connection in self._open:
                 group.create_task(self._keep_asking(connection))
+        else:
+            for connection in self._open:
+                self._rested.put_nowait(connection)
+            group.create_task(self._ask_at_random(group, self._turn.rate_per_s))
+
+    def _report(self, start_s: float, seconds: float, cpu_s: CpuSeconds) -> HttpReport:
+        answered = [answer for answer in self._answers if start_s <= answer.answered_s < start_s + seconds]
+        due = [answer for answer in self._answers if start_s <= answer.due_s < start_s + seconds]
+        counted = answered if self._turn.rate_per_s is None else due
+        return HttpReport(seconds, [each.added_ms for each in counted], len(answered), cpu_s, self._num_reopened)
 
     async def _keep_asking(self, connection: Connection) -> None:
         while not self._is_over:
@@ -176,15 +200,15 @@ class HttpClients:
             group.create_task(self._ask_once(due_s))
 
     async def _ask_once(self, due_s: float) -> None:
-        if not self._rested:
-            raise RuntimeError(f"all {self._turn.connections} connections are busy: the rate is above what can be done")
-        connection = self._rested.popleft()
+        connection = await self._rested.get()
         if 0 < connection.used_s < time.perf_counter() - MAX_IDLE_S:
+            self._open.discard(connection)
             connection.close()
             connection = await Connection.open(self._turn.port)
-            self._num_reopened += self._counts
+            self._open.add(connection)
+            self._num_reopened += 1
         await self._ask(connection, next(self._requests), due_s)
-        self._rested.append(connection)
+        self._rested.put_nowait(connection)
 
     async def _ask(self, connection: Connection, request: bytes, due_s: float, *, is_checked: bool = False) -> None:
         head, data = await connection.exchange(request)
@@ -195,8 +219,7 @@ class HttpClients:
         engine_ms = find_engine_ms(head, data)
         if is_checked:
             check_picture(self._turn.form, data)
-        if self._counts:
-            self._added_ms.append(took_s * 1000 - engine_ms)
+        self._answers.append(Answer(due_s, connection.used_s, took_s * 1000 - engine_ms))
 
     async def _fetch(self, connection: Connection, head: bytes, data: bytes) -> tuple[float, bytes, bytes]:
         """The picture of a request that was answered with 202, and when it was asked for."""
@@ -207,7 +230,7 @@ class HttpClients:
             await asyncio.sleep(ASK_AGAIN_S)
             started_s = time.perf_counter()
             head, data = await connection.exchange(request)
-            if not head.startswith(b"HTTP/1.1 409"):
+            if b"image_not_ready" not in data:
                 return started_s, head, data
 
 
@@ -243,7 +266,7 @@ def check_picture(form: Form, data: bytes) -> None:
 
 
 def run_live(turn: LiveTurn) -> LiveReport:
-    return uvloop.run(_within(turn.seconds + max(turn.idle) / 20 + PATIENCE_S, hold_sockets(turn)))
+    return _run(hold_sockets(turn), turn.seconds + max(turn.idle) / 20 + PATIENCE_S)
 
 
 async def hold_sockets(turn: LiveTurn) -> LiveReport:
@@ -255,7 +278,9 @@ async def hold_sockets(turn: LiveTurn) -> LiveReport:
             idle += await open_sockets(stack, turn.port, number - len(idle))
             await asyncio.sleep(SETTLE_S)
             resident_bytes[number] = gateway.memory_info().rss
-        people = [Person(socket, number) for number, socket in enumerate(await open_sockets(stack, turn.port, turn.active))]
+        prompts = endless_prompts(0)
+        people = [Person(socket, prompts) for socket in await open_sockets(stack, turn.port, turn.active)]
+        next(prompts)  # shuffles them all, which would hold up the first one who types
         seconds, cpu_s = await use_sockets(people, turn)
         num_lost = sum(socket.close_code is not None for socket in idle)
         return LiveReport(
@@ -310,7 +335,7 @@ class Person:
     """Sends prompts, acknowledges pictures, and remembers when they came."""
 
     socket: ClientConnection
-    number: int
+    prompts: Iterator[str]
     num_prompts: int = 0
     num_superseded: int = 0
     latencies_ms: list[float] = field(default_factory=list)
@@ -319,14 +344,13 @@ class Person:
 
     async def type(self, prompts_per_s: float, seconds: float) -> None:
         end_s = time.perf_counter() + seconds
-        await asyncio.sleep(random.Random(self.number).uniform(0, 1 / prompts_per_s))
-        for prompt in itertools.islice(endless_prompts(self.number % 16), self.number, None):
-            if time.perf_counter() >= end_s:
-                return
-            self._sent_s[self.num_prompts] = time.perf_counter()
-            await self._send({"type": "generate", "seq": self.num_prompts, "prompt": prompt})
+        due_s = time.perf_counter() + random.uniform(0, 1 / prompts_per_s)
+        while due_s < end_s:
+            await asyncio.sleep(due_s - time.perf_counter())
+            self._sent_s[self.num_prompts] = due_s
+            await self._send({"type": "generate", "seq": self.num_prompts, "prompt": next(self.prompts)})
             self.num_prompts += 1
-            await asyncio.sleep(1 / prompts_per_s)
+            due_s += 1 / prompts_per_s
 
     async def listen(self) -> None:
         try:

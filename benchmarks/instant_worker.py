@@ -9,6 +9,7 @@ of its own, many at once. Every picture is the same JPEG of 512x512, of the size
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import random
 import sys
@@ -37,6 +38,7 @@ def main() -> None:
 async def work(url: str, prefix: str) -> None:
     """Until the process is ended."""
     picture = paint()
+    gc.freeze()
     async with RedisBroker(url, prefix=prefix) as broker, asyncio.TaskGroup() as tasks:
         tasks.create_task(stay_registered(broker))
         while True:

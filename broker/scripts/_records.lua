@@ -15,10 +15,10 @@ end
 
 -- Requests and sessions as tables; `set_job` and `set_session` write through.
 
-local JOB_FIELDS = {'state', 'model', 'lane', 'owner', 'session', 'worker', 'entry_id', 'subscribers', 'flag',
-                    'finished_by', 'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'preview_seq',
+local JOB_FIELDS = {'state', 'model', 'lane', 'owner', 'session', 'worker', 'entry_id', 'subscribers',
+                    'followers', 'flag', 'finished_by', 'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'preview_seq',
                     'preview_bytes', 'preview_mark'}
-local NUM_TEXT_FIELDS = 10
+local NUM_TEXT_FIELDS = 11
 
 local function load_job(request_id)
   local values = redis.call('HMGET', job_key(request_id), unpack(JOB_FIELDS))
