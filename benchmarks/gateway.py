@@ -1,4 +1,4 @@
-"""What the gateway itself costs: everything between a client's socket and the engine, with an engine that takes no time.
+"""What the gateway itself costs: all that lies between a client's socket and the engine, which takes no time here.
 
     python -m benchmarks.gateway             # about five minutes
     python -m benchmarks.gateway --quick     # half a minute, to see that it works; the figures mean little
@@ -146,14 +146,18 @@ class Bench:
     redis_url: str
     clients: Executor
 
-    def run_http(self, form: Form, connections: int, seconds: float, seed: int, rate: float | None = None) -> HttpReport:
+    def run_http(
+        self, form: Form, connections: int, seconds: float, seed: int, rate: float | None = None
+    ) -> HttpReport:
         turn = HttpTurn(self.port, form, connections, seconds, seed, self.pids, rate)
         try:
             report = self.clients.submit(run_http, turn).result()
         except* ValueError as group:
             raise BenchmarkError(f"{form} over {connections} connections: {group.exceptions[0]}") from None
         if len(report.added_ms) < 2:
-            raise BenchmarkError(f"{form} over {connections} connections gave too few answers: more --seconds are needed")
+            raise BenchmarkError(
+                f"{form} over {connections} connections gave too few answers: more --seconds are needed"
+            )
         return report
 
     def resident_mib(self) -> float:
@@ -190,7 +194,10 @@ def measure(bench: Bench, plan: Plan, options: argparse.Namespace) -> None:
     costs, latencies, growth = run_rounds(bench, plan)
     scripts = measure_scripts(bench, plan)
     idle, live = measure_live(bench, plan)
-    medians = {"costs": take_medians(costs, "form"), "latencies": take_medians(latencies, "form", "connections", "percent")}
+    medians = {
+        "costs": take_medians(costs, "form"),
+        "latencies": take_medians(latencies, "form", "connections", "percent"),
+    }
     tables = {**medians, "scripts": scripts, "growth": growth, "idle": idle, "live": [live]}
     for table in tables.values():
         print_table(table)
@@ -307,7 +314,9 @@ def take_medians(rows: Sequence[Any], *keys: str) -> list[Any]:
 def median_of(group: Sequence[Any], keys: Sequence[str]) -> Any:
     names = [field.name for field in fields(group[0]) if field.name not in keys]
     columns = {name: [getattr(row, name) for row in group] for name in names}
-    return replace(group[0], **{name: statistics.median(column) for name, column in columns.items() if None not in column})
+    return replace(
+        group[0], **{name: statistics.median(column) for name, column in columns.items() if None not in column}
+    )
 
 
 # Scripts
@@ -375,7 +384,9 @@ def judge(latencies: Sequence[Latency], growth: Sequence[Growth], idle: Sequence
     verdicts = [verdict for row in latencies for verdict in judge_latency(row)]
     kib = idle[-1].kib_per_socket
     if kib is not None:
-        verdicts.append(f"{met(kib <= MAX_SOCKET_KIB)}: {kib:.0f} KiB per idle socket (aim: at most {MAX_SOCKET_KIB:g})")
+        verdicts.append(
+            f"{met(kib <= MAX_SOCKET_KIB)}: {kib:.0f} KiB per idle socket (aim: at most {MAX_SOCKET_KIB:g})"
+        )
     is_held = live.errors == 0 and live.finals + live.superseded == live.prompts
     verdicts.append(
         f"{met(is_held)}: {live.idle} idle and {live.active} active sockets, {live.finals} finals of {live.prompts} "
@@ -392,8 +403,9 @@ def judge(latencies: Sequence[Latency], growth: Sequence[Growth], idle: Sequence
 
 def judge_latency(row: Latency) -> Iterator[str]:
     if row.percent is None:
-        yield f"{met(row.p50_ms <= ALONE_P50_MS)}: {row.form}, 1 connection: P50 {row.p50_ms:.1f} ms (aim: {ALONE_P50_MS:g})"
-        yield f"{met(row.p99_ms <= ALONE_P99_MS)}: {row.form}, 1 connection: P99 {row.p99_ms:.1f} ms (aim: {ALONE_P99_MS:g})"
+        where = f"{row.form}, 1 connection"
+        yield f"{met(row.p50_ms <= ALONE_P50_MS)}: {where}: P50 {row.p50_ms:.1f} ms (aim: {ALONE_P50_MS:g})"
+        yield f"{met(row.p99_ms <= ALONE_P99_MS)}: {where}: P99 {row.p99_ms:.1f} ms (aim: {ALONE_P99_MS:g})"
     else:
         where = f"{row.connections} connections, {row.percent} % of capacity ({row.rate_per_s:.0f}/s)"
         yield f"{met(row.p99_ms <= MANY_P99_MS)}: {row.form}, {where}: P99 {row.p99_ms:.1f} ms (aim: {MANY_P99_MS:g})"
