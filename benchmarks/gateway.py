@@ -6,7 +6,8 @@
 A real gateway and a real Redis, each a process of its own; the worker is another, speaks the real protocol and answers
 at once with a JPEG of 512x512 (`instant_worker.py`); the clients are a fourth. Per round and form of answer: a closed
 loop that keeps the gateway busy, one connection alone, and many connections with requests at random times, at a part of
-what the closed loop gave. Then live sockets: many that are idle, and some at which people type.
+what the closed loop gave. Before that: memory over many requests, and live sockets, many that are idle and some at
+which people type.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ MAX_GROWTH = 0.05
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured. `many` are the connections of the open loops, `percents` their rates by capacity."""
+    """How much is measured. `soaks` are turns over which memory is watched, `many` are the connections of the open loops, `percents` their rates by capacity."""
 
     rounds: int = 3
     seconds: float = 4.0
+    soaks: int = 6
     many: int = 500
     percents: tuple[int, ...] = (25, 50)
     idle: tuple[int, ...] = (0, 500, 1000, 2000)
@@ -62,12 +64,13 @@ class Plan:
     live_seconds: float = 15.0
 
 
-QUICK = Plan(rounds=1, seconds=0.5, many=20, percents=(25,), idle=(0, 10, 20), active=4, live_seconds=2.0)
+QUICK = Plan(rounds=1, seconds=0.5, soaks=2, many=20, percents=(25,), idle=(0, 10, 20), active=4, live_seconds=2.0)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A busy gateway: what a request takes of each process, in ms of CPU time."""
+    """A busy gateway: what a request takes of each process, in ms of CPU time. `others_cores` is what programs that
+    have nothing to do with this one took meanwhile; so it is in the other tables."""
 
     form: Form
     requests_per_s: float
@@ -76,6 +79,7 @@ class Cost:
     redis_ms: float
     worker_ms: float
     clients_ms: float
+    others_cores: float
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Latency:
     redis_ms: float
     worker_ms: float
     clients_ms: float
+    others_cores: float
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class ScriptCost:
 
     script: str
     calls_per_request: float
-    mean_us: float
+    p50_us: float
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class Live:
     redis_cores: float
     worker_cores: float
     clients_cores: float
+    others_cores: float
 
 
 @dataclass(frozen=True)
@@ -191,9 +197,10 @@ def allow_open_files() -> None:
 
 
 def measure(bench: Bench, plan: Plan, options: argparse.Namespace) -> None:
-    costs, latencies, growth = run_rounds(bench, plan)
+    growth = measure_growth(bench, plan)
     scripts = measure_scripts(bench, plan)
     idle, live = measure_live(bench, plan)
+    costs, latencies = run_rounds(bench, plan)
     medians = {
         "costs": take_medians(costs, "form"),
         "latencies": take_medians(latencies, "form", "connections", "percent"),
@@ -251,50 +258,55 @@ def gateway_command(redis_url: str, port: int, num_sockets: int) -> list[str]:
 # HTTP
 
 
-def run_rounds(bench: Bench, plan: Plan) -> tuple[list[Cost], list[Latency], list[Growth]]:
-    costs: list[Cost] = []
-    latencies: list[Latency] = []
+def measure_growth(bench: Bench, plan: Plan) -> list[Growth]:
+    """Under one and the same load: more connections at once would leave room behind in which growth can hide."""
     growth: list[Growth] = []
     num_requests = 0
+    for number in range(plan.soaks):
+        num_requests += bench.run_http("json", BUSY_CONNECTIONS, plan.seconds, seed=number).num_answered
+        growth.append(Growth(num_requests, bench.resident_mib()))
+    return growth
+
+
+def run_rounds(bench: Bench, plan: Plan) -> tuple[list[Cost], list[Latency]]:
+    costs: list[Cost] = []
+    latencies: list[Latency] = []
     for number in range(plan.rounds):
         for form in FORMS:
-            cost, rows, num_answered = run_form(bench, plan, form, seed=number + 1)
+            cost, rows = run_form(bench, plan, form, seed=number + 1)
             costs.append(cost)
             latencies += rows
-            num_requests += num_answered
-            growth.append(Growth(num_requests, bench.resident_mib()))
         print(f"round {number + 1} of {plan.rounds} done", file=sys.stderr)
-    return costs, latencies, growth
+    return costs, latencies
 
 
-def run_form(bench: Bench, plan: Plan, form: Form, seed: int) -> tuple[Cost, list[Latency], int]:
-    busy = bench.run_http(form, BUSY_CONNECTIONS, plan.seconds, seed)
-    alone = bench.run_http(form, 1, plan.seconds, seed)
-    cost = to_cost(form, busy)
-    rows, num_answered = [to_latency(form, 1, None, None, alone)], busy.num_answered + alone.num_answered
+def run_form(bench: Bench, plan: Plan, form: Form, seed: int) -> tuple[Cost, list[Latency]]:
+    cost = to_cost(form, bench.run_http(form, BUSY_CONNECTIONS, plan.seconds, seed))
+    rows = [to_latency(form, 1, None, None, bench.run_http(form, 1, plan.seconds, seed))]
     for percent in plan.percents:
         rate_per_s = cost.requests_per_s * percent / 100
         many = bench.run_http(form, plan.many, plan.seconds, seed, rate_per_s)
         rows.append(to_latency(form, plan.many, percent, rate_per_s, many))
-        num_answered += many.num_answered
-    return cost, rows, num_answered
+    return cost, rows
 
 
 def to_cost(form: Form, report: HttpReport) -> Cost:
-    cpu_ms = cpu_per_request_ms(report)
-    per_core_s = 1000 / cpu_ms["gateway_ms"]
-    return Cost(form, report.num_answered / report.seconds, requests_per_core_s=per_core_s, **cpu_ms)
+    cpu = cpu_per_request(report)
+    per_core_s = 1000 / max(cpu["gateway_ms"], 1e-3)
+    return Cost(form, report.num_answered / report.seconds, requests_per_core_s=per_core_s, **cpu)
 
 
 def to_latency(
     form: Form, connections: int, percent: int | None, rate_per_s: float | None, report: HttpReport
 ) -> Latency:
     p50_ms, _, p99_ms = percentiles(report.added_ms)
-    return Latency(form, connections, percent, rate_per_s, p50_ms, p99_ms, **cpu_per_request_ms(report))
+    return Latency(form, connections, percent, rate_per_s, p50_ms, p99_ms, **cpu_per_request(report))
 
 
-def cpu_per_request_ms(report: HttpReport) -> dict[str, float]:
-    return {f"{role}_ms": seconds * 1000 / max(1, report.num_answered) for role, seconds in report.cpu_s.items()}
+def cpu_per_request(report: HttpReport) -> dict[str, float]:
+    ours = {role: seconds for role, seconds in report.cpu_s.items() if role != "others"}
+    per_request_ms = {f"{role}_ms": seconds * 1000 / max(1, report.num_answered) for role, seconds in ours.items()}
+    return per_request_ms | {"others_cores": report.cpu_s["others"] / report.seconds}
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -336,7 +348,7 @@ def measure_scripts(bench: Bench, plan: Plan) -> list[ScriptCost]:
             if len(command) > 1 and (name := names.get(command[1])):
                 durations_us[name].append(entry["duration"])
     num_requests = len(durations_us["finish"])
-    return [ScriptCost(name, len(us) / num_requests, statistics.mean(us)) for name, us in durations_us.items()]
+    return [ScriptCost(name, len(us) / num_requests, statistics.median(us)) for name, us in durations_us.items()]
 
 
 # Live sockets
@@ -392,7 +404,7 @@ def judge(latencies: Sequence[Latency], growth: Sequence[Growth], idle: Sequence
         f"{met(is_held)}: {live.idle} idle and {live.active} active sockets, {live.finals} finals of {live.prompts} "
         f"prompts, {live.superseded} superseded, {live.errors} errors (aim: all answered)"
     )
-    first, last = growth[min(len(growth) - 1, len(FORMS) - 1)], growth[-1]
+    first, last = growth[0], growth[-1]
     grown = last.resident_mib / first.resident_mib - 1
     verdicts.append(
         f"{met(grown <= MAX_GROWTH)}: resident memory grown by {grown:.1%} from {first.requests} requests to "

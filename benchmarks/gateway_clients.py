@@ -112,7 +112,7 @@ class LiveReport:
 
 
 class Meter:
-    """CPU seconds of several processes and of this one, from `start` to `stop`."""
+    """CPU seconds of several processes, of this one, and of all `others` on the machine, from `start` to `stop`."""
 
     def __init__(self, pids: Mapping[str, int]) -> None:
         self._processes = {role: psutil.Process(pid) for role, pid in pids.items()} | {"clients": psutil.Process()}
@@ -129,7 +129,9 @@ class Meter:
 
     def _read(self) -> CpuSeconds:
         times = {role: process.cpu_times() for role, process in self._processes.items()}
-        return {role: each.user + each.system for role, each in times.items()}
+        ours = {role: each.user + each.system for role, each in times.items()}
+        machine = psutil.cpu_times()
+        return ours | {"others": machine.user + machine.nice + machine.system - sum(ours.values())}
 
 
 # HTTP
