@@ -51,7 +51,8 @@ MAX_GROWTH = 0.05
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured. `soaks` are turns over which memory is watched, `many` are the connections of the open loops, `percents` their rates by capacity."""
+    """How much is measured. `soaks` are the turns over which memory is watched, `many` the connections of the open
+    loops, `percents` their rates by capacity."""
 
     rounds: int = 3
     seconds: float = 4.0
