@@ -26,6 +26,7 @@ from app.keys import KeyRing
 from app.metrics import Metrics
 from app.middleware import EXPOSED_HEADERS, Guard, RequestContext, allowed_hosts
 from app.policy import PromptPolicy, load_prompt_check
+from app.process import prepare_process
 from app.rates import Rates
 from app.redaction import redact_logs
 from app.replies import Replies
@@ -227,6 +228,7 @@ def run(settings: GatewaySettings) -> None:
     server = make_server(settings)
     listener = bind(settings)
     asyncio.run(check_redis(settings))
+    prepare_process(settings.max_live_connections)
     with listener, contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
         host, port = listener.getsockname()[:2]
         log.info("the gateway serves http://%s:%d", f"[{host}]" if ":" in host else host, port)

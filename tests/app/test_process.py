@@ -108,3 +108,36 @@ def test_no_key_is_written_down_even_at_level_debug(redis_url: str) -> None:
         output, _ = process.communicate(timeout=START_S)
     assert "fewstep.auth.…" in output
     assert key.split("_", 2)[2] not in output
+
+
+def test_many_live_sockets_find_room() -> None:
+    """The usual soft limit of open files is far below what the hard one allows."""
+    assert run_with_open_files(soft=100, hard=2000, wanted=1500) == "2000 2000\n"
+
+
+def test_too_few_open_files_are_said_at_the_start() -> None:
+    *warning, limits = run_with_open_files(soft=100, hard=200, wanted=1500).splitlines()
+    assert limits == "200 200"
+    assert warning == [
+        "200 files may be open, FEWSTEP_MAX_LIVE_CONNECTIONS needs 1500: raise the hard limit (ulimit -Hn)"
+    ]
+
+
+def run_with_open_files(soft: int, hard: int, wanted: int) -> str:
+    """What a process with these limits says, and its limits after."""
+    program = f"""
+import resource
+from app.process import allow_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+allow_open_files({wanted})
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
+
+def test_only_what_is_new_is_collected() -> None:
+    """The walk over everything that is loaded would hold up all sockets."""
+    program = "import gc, app.main; app.process.calm_garbage_collector(); print(len(gc.get_objects()))"
+    output = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert int(output) < 1000
