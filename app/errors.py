@@ -98,38 +98,74 @@ class ClientGone(GatewayError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """How one kind of error is answered. `should_retry` overrides what clients conclude from the status."""
+    """How one kind of error is answered. `should_retry` overrides what clients conclude from the status.
+
+    `more_codes` are those that an error of this kind may carry in place of `code`; `says_when`: whether the answer can
+    tell when to come back.
+    """
 
     status: int
     type: str
     code: str
     should_retry: bool | None = None
+    more_codes: tuple[str, ...] = ()
+    says_when: bool = False
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        return self.code, *self.more_codes
 
 
 _REQUEST = "invalid_request_error"
 _SERVER = "server_error"
 
+FIELD_CODES = ("missing_field", "unknown_field", "text_too_long", "unsupported_size", "lora_not_found")
+BODY_CODES = ("missing_body", "invalid_json", "bad_request")
+
 TABLE: dict[type[Exception], Row] = {
-    InvalidRequest: Row(400, _REQUEST, "invalid_value"),
+    InvalidRequest: Row(400, _REQUEST, "invalid_value", more_codes=(*FIELD_CODES, *BODY_CODES)),
     WrongHost: Row(400, _REQUEST, "wrong_host"),
     UnknownModelError: Row(404, _REQUEST, "model_not_found"),
     RequestNotFound: Row(404, _REQUEST, "generation_not_found"),
-    ImageNotReady: Row(404, _REQUEST, "image_not_ready"),
+    ImageNotReady: Row(404, _REQUEST, "image_not_ready", says_when=True),
     NotAcceptable: Row(406, _REQUEST, "not_acceptable"),
     GenerationCancelled: Row(409, _REQUEST, "cancelled", should_retry=False),
     GenerationSuperseded: Row(409, _REQUEST, "superseded", should_retry=False),
     ImageGone: Row(410, _REQUEST, "image_gone"),
     UnsupportedBody: Row(415, _REQUEST, "unsupported_media_type"),
-    Overloaded: Row(429, "rate_limit_error", "queue_full"),
+    Overloaded: Row(429, "rate_limit_error", "queue_full", more_codes=("result_store_full",), says_when=True),
     ClientGone: Row(499, _REQUEST, "client_gone"),
-    GenerationFailed: Row(500, _SERVER, "generation_failed", should_retry=False),
-    ModelNotReady: Row(503, _SERVER, "model_not_ready"),
-    BrokerUnavailable: Row(503, _SERVER, "queue_unavailable"),
+    GenerationFailed: Row(
+        500,
+        _SERVER,
+        "generation_failed",
+        should_retry=False,
+        more_codes=("internal_error", "attempts_exhausted", "unreadable_job"),
+    ),
+    ModelNotReady: Row(503, _SERVER, "model_not_ready", says_when=True),
+    BrokerUnavailable: Row(503, _SERVER, "queue_unavailable", says_when=True),
     BrokerError: Row(500, _SERVER, "queue_error"),
-    GenerationExpired: Row(504, _SERVER, "deadline_exceeded", should_retry=False),
+    GenerationExpired: Row(504, _SERVER, "deadline_exceeded", should_retry=False, more_codes=("timeout",)),
 }
-_RETRYABLE_FAILURE = Row(503, _SERVER, "generation_failed", should_retry=True)
-_UNKNOWN = Row(500, _SERVER, "internal_error")
+RETRYABLE_FAILURE = Row(
+    503,
+    _SERVER,
+    "generation_failed",
+    should_retry=True,
+    more_codes=("out_of_memory", "worker_lost", "request_lost"),
+    says_when=True,
+)
+UNKNOWN = Row(500, _SERVER, "internal_error")
+# What the server and the web framework refuse by themselves, before a route is asked.
+BY_STATUS: dict[int, Row] = {
+    404: Row(404, _REQUEST, "not_found"),
+    405: Row(405, _REQUEST, "method_not_allowed"),
+    408: Row(408, _REQUEST, "request_timeout"),
+    413: Row(413, _REQUEST, "body_too_large"),
+    414: Row(414, _REQUEST, "url_too_long"),
+    431: Row(431, _REQUEST, "headers_too_large"),
+    503: Row(503, _SERVER, "too_many_connections", says_when=True),
+}
 _FIXED_TEXTS: dict[type[Exception], str] = {
     BrokerUnavailable: "the queue can't be reached right now, try again",
     BrokerError: "the queue refused this request",
@@ -154,14 +190,14 @@ def render(error: Exception) -> ErrorAnswer:
     """The answer to a domain error; anything not in the table is an internal error without details."""
     kind = next((kind for kind in type(error).__mro__ if kind in TABLE), None)
     if kind is None:
-        return answer(_UNKNOWN, "internal error, see the server's log for this request id")
+        return answer(UNKNOWN, "internal error, see the server's log for this request id")
     row = TABLE[kind]
     if not isinstance(error, GatewayError):
-        retry_after_ms = _DEFAULT_RETRY_AFTER_MS if row.status == 503 else None
+        retry_after_ms = _DEFAULT_RETRY_AFTER_MS if row.says_when else None
         param = "model" if isinstance(error, UnknownModelError) else None
         return answer(row, _FIXED_TEXTS.get(kind, str(error)), param=param, retry_after_ms=retry_after_ms)
     if kind is GenerationFailed and error.retry_after_ms is not None:
-        row = _RETRYABLE_FAILURE
+        row = RETRYABLE_FAILURE
     return answer(row, str(error), param=error.param, code=error.code, retry_after_ms=error.retry_after_ms)
 
 
@@ -182,10 +218,10 @@ def error_body(message: str, type: str, *, param: str | None, code: str) -> dict
 
 
 def http_error(status: int, detail: str) -> ErrorAnswer:
-    """The answer to what the web framework refuses by itself."""
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
-    row = Row(status, _REQUEST if status < 500 else _SERVER, codes.get(status, "bad_request"))
-    return answer(row, detail)
+    """The answer to what the server or the web framework refuses by itself."""
+    fallback = Row(status, _REQUEST if status < 500 else _SERVER, "bad_request")
+    row = BY_STATUS.get(status, fallback)
+    return answer(row, detail, retry_after_ms=_DEFAULT_RETRY_AFTER_MS if row.says_when else None)
 
 
 def invalid(param: str, value: object, allowed: str, *, code: str = "invalid_value") -> InvalidRequest:

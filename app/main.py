@@ -20,8 +20,9 @@ from app.admission import Admission, Fleet, new_request_id
 from app.errors import ErrorAnswer
 from app.gateway import Gateway
 from app.handlers import install_error_handlers
+from app.http_protocol import make_protocol
 from app.metrics import Metrics
-from app.middleware import Guard, RequestContext, allowed_hosts
+from app.middleware import BodyDeadline, Guard, RequestContext, allowed_hosts
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
@@ -76,6 +77,7 @@ def add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) ->
     def count_refusal(answer: ErrorAnswer) -> None:
         metrics.rejected.labels(answer.code).inc()
 
+    app.add_middleware(BodyDeadline, timeout_s=settings.body_timeout_s)
     app.add_middleware(Guard, hosts=hosts, max_body_bytes=settings.max_body_bytes, on_refusal=count_refusal)
     app.add_middleware(RequestContext, metrics=metrics)
 
@@ -157,10 +159,14 @@ def make_server(settings: GatewaySettings) -> GatewayServer:
         create_app(settings),
         host=settings.host,
         port=settings.port,
+        http=make_protocol(settings),
+        timeout_keep_alive=settings.keep_alive_s,
         log_config=None,
         access_log=settings.log_level == "debug",
         ws_max_size=settings.live_max_message_bytes,
         ws_per_message_deflate=False,  # pictures are compressed already
+        ws_ping_interval=settings.live_ping_s,
+        ws_ping_timeout=settings.live_ping_s,
         timeout_graceful_shutdown=settings.shutdown_s,
         server_header=False,
     )

@@ -30,6 +30,7 @@ from app.rendering import (
 )
 from app.replies import Subscription, as_ending
 from app.schemas import ErrorBody, Generation, GenerationRequest
+from app.strict_json import JsonRoute
 from app.waiting import cancelled_if_left, wait_for_ending
 from broker.errors import RequestNotFound
 from broker.messages import Completed, Job, LoggedEvent, Picture, Preview, TerminalEvent
@@ -39,7 +40,7 @@ NOT_READY_RETRY_MS = 250
 EVENT_NAMES = {"accepted": "queued"}
 IMAGE_TYPES: dict[str, Any] = {f"image/{format}": {} for format in ("png", "jpeg", "webp")}
 
-router = APIRouter(prefix="/v1/generations", tags=["generations"], responses={"default": {"model": ErrorBody}})
+router = APIRouter(prefix="/v1/generations", route_class=JsonRoute, tags=["generations"], responses={"default": {"model": ErrorBody}})
 
 
 # Making one

@@ -28,6 +28,7 @@ from app.gateway import Gateway
 from app.rendering import model_headers, result_headers, to_base64
 from app.replies import Subscription
 from app.schemas import ErrorBody, GenerationFields, OpenAIImageRequest
+from app.strict_json import JsonRoute
 from app.waiting import cancel_quietly, cancelled_if_left, wait_for_ending
 from broker.messages import Completed, Job, JobEvent, Picture, Preview, SamplingParams
 from models.catalog import ModelSpec
@@ -40,7 +41,7 @@ NO_TOKENS = {
     "total_tokens": 0,
 }
 
-router = APIRouter(prefix="/v1/images", tags=["OpenAI"], responses={"default": {"model": ErrorBody}})
+router = APIRouter(prefix="/v1/images", route_class=JsonRoute, tags=["OpenAI"], responses={"default": {"model": ErrorBody}})
 
 
 @router.post("/generations", response_model=None)
