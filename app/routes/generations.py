@@ -40,7 +40,9 @@ NOT_READY_RETRY_MS = 250
 EVENT_NAMES = {"accepted": "queued"}
 IMAGE_TYPES: dict[str, Any] = {f"image/{format}": {} for format in ("png", "jpeg", "webp")}
 
-router = APIRouter(prefix="/v1/generations", route_class=JsonRoute, tags=["generations"], responses={"default": {"model": ErrorBody}})
+router = APIRouter(
+    prefix="/v1/generations", route_class=JsonRoute, tags=["generations"], responses={"default": {"model": ErrorBody}}
+)
 
 
 # Making one

@@ -41,7 +41,9 @@ NO_TOKENS = {
     "total_tokens": 0,
 }
 
-router = APIRouter(prefix="/v1/images", route_class=JsonRoute, tags=["OpenAI"], responses={"default": {"model": ErrorBody}})
+router = APIRouter(
+    prefix="/v1/images", route_class=JsonRoute, tags=["OpenAI"], responses={"default": {"model": ErrorBody}}
+)
 
 
 @router.post("/generations", response_model=None)

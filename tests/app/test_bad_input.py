@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -124,6 +125,16 @@ JSON = {"Content-Type": "application/json"}
         (b'{"prompt": "x", "negative_prompt": "\\udfff!"}', JSON, 400, None),
         (b'{"prompt": "x", "\\ud800": 1}', JSON, 400, None),
         (b'{"prompt": "x", "scheduler": "\\ud800"}', JSON, 400, None),
+        (b'{"prompt": "x", "prompt": "y"}', JSON, 400, "invalid_json"),
+        (b'{"prompt": "x", ' + b",".join(b'"k%d":1' % i for i in range(6000)) + b"}", JSON, 400, "unknown_field"),
+        (b'{"a":' * 9000 + b"1" + b"}" * 9000, JSON, 400, "invalid_json"),
+        (b'{"prompt": "x", "seed": -' + b"9" * 5000 + b"}", JSON, 400, "invalid_json"),
+        (b'\xef\xbb\xbf{"prompt": "x"}', JSON, 400, "invalid_json"),
+        ('{"prompt": "x"}'.encode("utf-16"), JSON, 400, "invalid_json"),
+        ('{"prompt": "x"}'.encode("utf-32-le"), {"Content-Type": "application/json; charset=utf-32"}, 400, None),
+        (b'{"prompt": "\xed\xa0\x80"}', JSON, 400, "invalid_json"),
+        (b'{"prompt": "x\x00"}', JSON, 400, "invalid_json"),
+        (gzip.compress(b'{"prompt": "x"}'), JSON | {"Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
         (b'{"prompt": "x"}', {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
         (b'{"prompt": "x"}', {}, 415, "unsupported_media_type"),
         (b"prompt=x", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "unsupported_media_type"),
