@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from app.callers import Caller
-from app.errors import ModelNotReady, Overloaded, invalid
+from app.errors import ModelNotReady, Overloaded, invalid, raises
 from app.metrics import Metrics
 from app.schemas import GenerationFields, LoraChoice
-from broker.errors import QueueFull, ResultStoreFull
+from broker.errors import BrokerError, BrokerUnavailable, QueueFull, ResultStoreFull
 from broker.messages import (
     MAX_SEED,
     Decoder,
@@ -30,7 +30,7 @@ from broker.messages import (
     cost_at,
 )
 from broker.redis_broker import Limits, RedisBroker, Submitted
-from models.catalog import ModelSpec, Size, get_spec
+from models.catalog import ModelSpec, Size, UnknownModelError, get_spec
 
 DEFAULT_QUALITY = 85
 WORKERS_CACHE_S = 1.0
@@ -236,12 +236,14 @@ class Admission:
         self._broker, self._fleet, self._catalog = broker, fleet, catalog
         self._limits, self._metrics = limits, metrics
 
+    @raises(UnknownModelError)
     def find_model(self, name: str, caller: Caller) -> ModelSpec:
         """Raises UnknownModelError that lists the models there are."""
         if name not in self._catalog:
             return get_spec(dict(self._catalog), name[:100])
         return self._catalog[name]
 
+    @raises(ModelNotReady, Overloaded, BrokerUnavailable, BrokerError)
     async def submit(self, job: Job, caller: Caller) -> Submitted:
         """Raises ModelNotReady, Overloaded or BrokerUnavailable."""
         await self._check_ready(job.model)

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import uvicorn
@@ -23,6 +23,7 @@ from app.handlers import install_error_handlers
 from app.http_protocol import make_protocol
 from app.metrics import Metrics
 from app.middleware import BodyDeadline, Guard, RequestContext, allowed_hosts
+from app.openapi import describe
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
@@ -54,12 +55,14 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         lifespan=partial(lifespan, settings=settings, catalog=catalog, metrics=metrics),
         docs_url=None,  # Swagger's page is fetched from elsewhere
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
     add_middleware(app, settings, metrics)
     install_error_handlers(app, metrics)
     for routes in (generations, openai_images, live, models, health, page):
         app.include_router(routes.router, max_body_size=settings.max_body_bytes)
     app.mount("/static", page.PageFiles(), name="static")
+    app.openapi = cache(partial(describe, app, catalog))  # type: ignore[method-assign]
     return app
 
 

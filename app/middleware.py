@@ -86,7 +86,7 @@ class Guard:
         self.app, self.hosts, self.max_body_bytes, self.on_refusal = app, hosts, max_body_bytes, on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = None if scope["type"] == "lifespan" else self._find_fault(Headers(scope=scope))
+        refusal = None if scope["type"] == "lifespan" else self._find_fault(Headers(scope=scope), scope.get("method"))
         if refusal is None:
             return await self.app(scope, receive, send)
         self.on_refusal(refusal)
@@ -95,13 +95,13 @@ class Guard:
         response = JSONResponse(refusal.body, refusal.status)
         return await response(scope, receive, send)
 
-    def _find_fault(self, headers: Headers) -> ErrorAnswer | None:
+    def _find_fault(self, headers: Headers, method: str | None) -> ErrorAnswer | None:
         host = headers.get("host", "")
         if self.hosts is not None and host_name(host) not in self.hosts:
             message = f"Host: {shorten(host)} is not this server; see FEWSTEP_ALLOWED_HOSTS"
             return render(WrongHost(message, param="Host"))
         encoding = headers.get("content-encoding", "identity")
-        if encoding.strip().lower() != "identity":
+        if method == "POST" and encoding.strip().lower() != "identity":
             message = f"Content-Encoding: {shorten(encoding)} is not allowed; send the body as it is"
             return render(UnsupportedBody(message, param="Content-Encoding"))
         length = headers.get("content-length", "0")

@@ -5,13 +5,14 @@ A field's own limits stand here; what a model allows is checked by `app.admissio
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from broker.messages import MAX_SEED, ImageFormat, State
+from broker.messages import MAX_SEED, ImageFormat, SamplingParams, State
 
 MAX_TEXT_CHARS = 32_000
+HAS_TEXT = r"\S"
 
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
@@ -39,25 +40,56 @@ class LoraChoice(_Request):
 
 
 class GenerationFields(_Request):
-    """What a picture can be asked for, the same over HTTP and over a live socket. null means the model's default."""
+    """What a picture can be asked for, the same over HTTP and over a live socket. null means the default."""
 
-    prompt: Text
-    negative_prompt: Text | None = None
-    model: Name | None = None
-    width: Pixels | None = None
-    height: Pixels | None = None
-    num_inference_steps: Steps | None = None
-    guidance_scale: Guidance | None = None
-    seed: Seed | None = None
-    scheduler: Name | None = None
-    loras: Annotated[list[LoraChoice], Field(max_length=8)] | None = None
-    num_images: NumImages | None = None
-    decoder: DecoderChoice | None = None
-    output_format: ImageFormat | None = None
-    output_quality: Annotated[int, Field(ge=1, le=100)] | None = None
-    previews: bool | None = None
-    deadline_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None
-    metadata: bool | None = None
+    prompt: Annotated[Text, Field(description="what to draw", json_schema_extra={"pattern": HAS_TEXT})]
+    negative_prompt: Annotated[
+        Text | None, Field(description="what to avoid; has an effect only with a `guidance_scale` above 1")
+    ] = None
+    model: Annotated[Name | None, Field(description="an `id` of `/v1/models`; `FEWSTEP_DEFAULT_MODEL` by default")] = (
+        None
+    )
+    width: Annotated[Pixels | None, Field(description="of one of the model's `sizes`; its first by default")] = None
+    height: Annotated[Pixels | None, Field(description="of one of the model's `sizes`; its first by default")] = None
+    num_inference_steps: Annotated[Steps | None, Field(description="within the model's limits")] = None
+    guidance_scale: Annotated[Guidance | None, Field(description="within the model's limits")] = None
+    seed: Annotated[
+        Seed | None,
+        Field(
+            description="0 to 9007199254740991 (2^53 − 1); the same seed gives the same picture; drawn at random by "
+            "default"
+        ),
+    ] = None
+    scheduler: Annotated[Name | None, Field(description="one of the model's `schedulers`")] = None
+    loras: Annotated[
+        list[LoraChoice] | None,
+        Field(
+            max_length=8,
+            description='style LoRAs of the catalog, as `[{"name", "weight"}]`; no bundled model has one',
+        ),
+    ] = None
+    num_images: Annotated[NumImages | None, Field(description="picture i is drawn from `seed` + i; 1 by default")] = (
+        None
+    )
+    decoder: Annotated[
+        DecoderChoice | None,
+        Field(description="`full`, `tiny` (faster, coarser) or `auto`, the default, which is `full` here"),
+    ] = None
+    output_format: Annotated[ImageFormat | None, Field(description="`png`, `jpeg` or `webp`; `jpeg` by default")] = None
+    output_quality: Annotated[
+        int | None, Field(ge=1, le=100, description="1 to 100, for `jpeg` and `webp`; 85 by default")
+    ] = None
+    previews: Annotated[bool | None, Field(description="whether `/events` carries previews; `false` by default")] = None
+    deadline_ms: Annotated[
+        int | None,
+        Field(
+            ge=1, le=3_600_000, description="1 to 3600000: the request ends as `expired` after that; none by default"
+        ),
+    ] = None
+    metadata: Annotated[
+        bool | None,
+        Field(description="whether the file carries its parameters (PNG text, EXIF description); `true` by default"),
+    ] = None
 
 
 class GenerationRequest(GenerationFields):
@@ -93,7 +125,16 @@ class OpenAIImageRequest(_Request):
     `quality`, `moderation`, `style` and `user` change nothing here and are accepted for clients that send them.
     """
 
-    prompt: Text
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {
+                "required": ["stream", "n"],
+                "properties": {"stream": {"const": True}, "n": {"type": "integer", "minimum": 2}},
+            }
+        }
+    )
+
+    prompt: Annotated[Text, Field(description="what to draw", json_schema_extra={"pattern": HAS_TEXT})]
     model: Name | None = None
     n: Annotated[int, Field(ge=1, le=10)] | None = None
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
@@ -168,7 +209,7 @@ class Generation(BaseModel):
     model_revision: str
     created_at: float
     queue: Queue
-    parameters: dict[str, Any]
+    parameters: SamplingParams
     images: list[GeneratedImage]
     timings: GenerationTimings | None
     warnings: list[str]
@@ -183,6 +224,91 @@ class PreviewData(BaseModel):
     num_inference_steps: int
     format: ImageFormat
     b64_json: str
+
+
+class ImageData(BaseModel):
+    """One of OpenAI's images; `seed` is ours."""
+
+    b64_json: str
+    seed: int
+
+
+class InputTokens(BaseModel):
+    image_tokens: Literal[0] = 0
+    text_tokens: Literal[0] = 0
+
+
+class Usage(BaseModel):
+    """Nothing is counted in tokens."""
+
+    input_tokens: Literal[0] = 0
+    input_tokens_details: InputTokens = InputTokens()
+    output_tokens: Literal[0] = 0
+    total_tokens: Literal[0] = 0
+
+
+class _Described(BaseModel):
+    size: str
+    quality: str
+    background: Literal["opaque"]
+    output_format: ImageFormat
+
+
+class OpenAIImages(_Described):
+    """OpenAI's answer without `stream`."""
+
+    created: int
+    data: list[ImageData]
+    usage: Usage
+    safety_identifier: str | None = None
+
+
+class PartialImage(_Described):
+    """`data:` of a preview in OpenAI's stream."""
+
+    type: Literal["image_generation.partial_image"]
+    b64_json: str
+    partial_image_index: int
+    created_at: int
+
+
+class CompletedImage(_Described):
+    """`data:` of the picture that ends OpenAI's stream."""
+
+    type: Literal["image_generation.completed"]
+    b64_json: str
+    seed: int
+    created_at: int
+    usage: Usage
+
+
+class StreamError(BaseModel):
+    """`data:` of the failure that ends OpenAI's stream."""
+
+    type: Literal["error"]
+    error: ErrorDetail
+
+
+class Liveness(BaseModel):
+    status: Literal["alive", "reader stopped"]
+
+
+class WorkerState(BaseModel):
+    worker_id: str
+    state: str
+    detail: str
+    device: str
+    warm_models: list[str]
+    num_running: int
+
+
+class Readiness(BaseModel):
+    """`models` are those that some live worker holds warm."""
+
+    ready: bool
+    redis: Literal["ok", "unavailable"]
+    models: list[str]
+    workers: list[WorkerState]
 
 
 class SizeCard(BaseModel):

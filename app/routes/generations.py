@@ -12,12 +12,13 @@ from fastapi.requests import Request
 from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from app.admission import Defaults, complete, find_warnings
+from app.admission import Admission, Defaults, complete, find_warnings
 from app.callers import Caller
 from app.dependencies import CallerDep, GatewayDep, RequestIdDep, TraceparentDep
-from app.errors import ImageGone, ImageNotReady, ending_error
+from app.errors import ImageGone, ImageNotReady, NotAcceptable, ending_error, raises
 from app.gateway import Gateway
 from app.negotiation import Answer, Preference, negotiate, parse_prefer
+from app.openapi import GENERATION_EVENTS, MODEL_HEADERS, RESULT_HEADERS, event_stream, image_types, show_headers
 from app.rendering import (
     Progress,
     generation_path,
@@ -29,28 +30,48 @@ from app.rendering import (
     state_after,
 )
 from app.replies import Subscription, as_ending
-from app.schemas import ErrorBody, Generation, GenerationRequest
+from app.schemas import Generation, GenerationRequest
 from app.strict_json import JsonRoute
 from app.waiting import cancelled_if_left, wait_for_ending
-from broker.errors import RequestNotFound
+from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
 from broker.messages import Completed, Job, LoggedEvent, Picture, Preview, TerminalEvent
 from broker.redis_broker import RequestStatus, Submitted
 
 NOT_READY_RETRY_MS = 250
 EVENT_NAMES = {"accepted": "queued"}
-IMAGE_TYPES: dict[str, Any] = {f"image/{format}": {} for format in ("png", "jpeg", "webp")}
+FOUND: dict[int | str, dict[str, Any]] = {200: {"model": Generation, "headers": show_headers(sometimes=MODEL_HEADERS)}}
+PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file.",
+        "content": image_types(),
+        "headers": show_headers(*RESULT_HEADERS, "Cache-Control", sometimes=MODEL_HEADERS),
+    }
+}
 
-router = APIRouter(
-    prefix="/v1/generations", route_class=JsonRoute, tags=["generations"], responses={"default": {"model": ErrorBody}}
-)
+router = APIRouter(prefix="/v1/generations", route_class=JsonRoute, tags=["generations"])
 
 
 # Making one
 
 
 @router.post(
-    "", response_model=None, responses={200: {"model": Generation, "content": IMAGE_TYPES}, 202: {"model": Generation}}
+    "",
+    response_model=None,
+    responses={
+        200: {
+            "description": "The generation with its pictures, or the bytes of its only one.",
+            "model": Generation,
+            "content": image_types(),
+            "headers": show_headers(*RESULT_HEADERS, sometimes=MODEL_HEADERS),
+        },
+        202: {
+            "description": "Not ended yet: to be looked up at `Location`.",
+            "model": Generation,
+            "headers": show_headers("Location", sometimes=("Preference-Applied", *MODEL_HEADERS)),
+        },
+    },
 )
+@raises(NotAcceptable, Admission.find_model, Admission.submit, ending_error)
 async def create_generation(
     body: GenerationRequest,
     request: Request,
@@ -159,6 +180,7 @@ def model_headers_of(gateway: Gateway, job: Job) -> dict[str, str]:
 # Looking it up
 
 
+@raises(RequestNotFound, BrokerUnavailable, BrokerError)
 async def read_own(
     gateway: GatewayDep, caller: CallerDep, generation_id: Annotated[str, Path(max_length=64)]
 ) -> RequestStatus:
@@ -180,7 +202,11 @@ async def read_progress(gateway: Gateway, status: RequestStatus) -> Progress:
     return replace(progress, predicted_start_ms=start_ms)
 
 
-@router.get("/{generation_id}", response_model=None, responses={200: {"model": Generation}})
+@router.get(
+    "/{generation_id}",
+    response_model=None,
+    responses={200: {"model": Generation, "headers": show_headers(sometimes=(*RESULT_HEADERS, *MODEL_HEADERS))}},
+)
 async def read_generation(gateway: GatewayDep, status: OwnStatus) -> Response:
     """State, parameters and timings; pictures by their `url`."""
     progress = await read_progress(gateway, status)
@@ -189,13 +215,15 @@ async def read_generation(gateway: GatewayDep, status: OwnStatus) -> Response:
     return json_answer(progress, gateway, headers=headers)
 
 
-@router.get("/{generation_id}/image", response_model=None, responses={200: {"content": IMAGE_TYPES}})
+@router.get("/{generation_id}/image", response_class=Response, response_model=None, responses=PICTURE)
+@raises(ImageNotReady, ImageGone, 404, ending_error)
 async def read_image(gateway: GatewayDep, status: OwnStatus) -> Response:
     """The bytes of the first picture."""
     return picture_answer(gateway, status, 0)
 
 
-@router.get("/{generation_id}/images/{index}", response_model=None, responses={200: {"content": IMAGE_TYPES}})
+@router.get("/{generation_id}/images/{index}", response_class=Response, response_model=None, responses=PICTURE)
+@raises(ImageNotReady, ImageGone, 404, ending_error)
 async def read_image_by_index(
     gateway: GatewayDep, status: OwnStatus, index: Annotated[int, Path(ge=0, le=1000)]
 ) -> Response:
@@ -225,7 +253,7 @@ def picture_answer(gateway: Gateway, status: RequestStatus, index: int) -> Respo
 # Cancelling it
 
 
-@router.delete("/{generation_id}", response_model=None, responses={200: {"model": Generation}})
+@router.delete("/{generation_id}", response_model=None, responses=FOUND)
 async def cancel_generation(gateway: GatewayDep, caller: CallerDep, status: OwnStatus) -> Response:
     """Cancels it; what has ended stays as it is. A running one stops at its next step, so `state` may lag."""
     await gateway.broker.cancel(status.job.request_id)
@@ -249,7 +277,18 @@ async def follow_own(
         yield subscription
 
 
-@router.get("/{generation_id}/events", response_class=EventSourceResponse)
+@router.get(
+    "/{generation_id}/events",
+    response_class=EventSourceResponse,
+    responses={
+        200: {
+            "description": "The events.",
+            "content": event_stream(GENERATION_EVENTS),
+            "headers": show_headers("Cache-Control", "X-Accel-Buffering"),
+        },
+        204: {"description": "The last event was seen already: nothing more will come."},
+    },
+)
 async def stream_events(
     gateway: GatewayDep, status: OwnStatus, subscription: Annotated[Subscription, Depends(follow_own)]
 ) -> AsyncIterator[ServerSentEvent]:

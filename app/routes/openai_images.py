@@ -20,14 +20,15 @@ from fastapi.requests import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
-from app.admission import Defaults, check_size_text, complete, find_warnings
+from app.admission import Admission, Defaults, check_size_text, complete, find_warnings
 from app.callers import Caller
 from app.dependencies import CallerDep, GatewayDep, RequestIdDep, TraceparentDep
-from app.errors import ErrorAnswer, GenerationExpired, ending_error, invalid, render
+from app.errors import ErrorAnswer, GenerationExpired, ending_error, invalid, raises, render
 from app.gateway import Gateway
+from app.openapi import IMAGE_EVENTS, MODEL_HEADERS, RESULT_HEADERS, event_stream, show_headers
 from app.rendering import model_headers, result_headers, to_base64
 from app.replies import Subscription
-from app.schemas import ErrorBody, GenerationFields, OpenAIImageRequest
+from app.schemas import GenerationFields, OpenAIImageRequest, OpenAIImages
 from app.strict_json import JsonRoute
 from app.waiting import cancel_quietly, cancelled_if_left, wait_for_ending
 from broker.messages import Completed, Job, JobEvent, Picture, Preview, SamplingParams
@@ -41,12 +42,22 @@ NO_TOKENS = {
     "total_tokens": 0,
 }
 
-router = APIRouter(
-    prefix="/v1/images", route_class=JsonRoute, tags=["OpenAI"], responses={"default": {"model": ErrorBody}}
+router = APIRouter(prefix="/v1/images", route_class=JsonRoute, tags=["OpenAI"])
+
+
+@router.post(
+    "/generations",
+    response_model=None,
+    responses={
+        200: {
+            "description": "The pictures; with `stream` its events.",
+            "model": OpenAIImages,
+            "content": event_stream(IMAGE_EVENTS),
+            "headers": show_headers(sometimes=(*RESULT_HEADERS, "Cache-Control", "X-Accel-Buffering", *MODEL_HEADERS)),
+        }
+    },
 )
-
-
-@router.post("/generations", response_model=None)
+@raises(Admission.find_model, Admission.submit, ending_error)
 async def create_image(
     body: OpenAIImageRequest,
     request: Request,
