@@ -2,7 +2,7 @@
 
 GatewayError
 ├── InvalidRequest           a field that is missing, unknown or out of its limits
-├── UnsupportedBody          a body that isn't declared as JSON
+├── UnsupportedBody          a body that isn't declared as JSON, or that is compressed
 ├── NotAcceptable            none of the types in Accept can be made
 ├── ModelNotReady            no live worker holds the model warm
 ├── Overloaded               admission refused: come back after `retry_after_ms`
@@ -49,7 +49,7 @@ class InvalidRequest(GatewayError):
 
 
 class UnsupportedBody(GatewayError):
-    """A body that isn't declared as JSON."""
+    """A body that isn't declared as JSON, or that is compressed."""
 
 
 class NotAcceptable(GatewayError):
@@ -137,11 +137,13 @@ TABLE: dict[type[Exception], Row] = {
     UnknownModelError: Row(404, _REQUEST, "model_not_found", meaning="the catalog has no such model"),
     RequestNotFound: Row(404, _REQUEST, "generation_not_found", meaning="no such generation, or it is no longer kept"),
     ImageNotReady: Row(404, _REQUEST, "image_not_ready", says_when=True),
-    NotAcceptable: Row(406, _REQUEST, "not_acceptable"),
-    GenerationCancelled: Row(409, _REQUEST, "cancelled", should_retry=False),
+    NotAcceptable: Row(406, _REQUEST, "not_acceptable", meaning="none of the types in `Accept` can be made"),
+    GenerationCancelled: Row(409, _REQUEST, "cancelled", should_retry=False, meaning="the request was cancelled"),
     GenerationSuperseded: Row(409, _REQUEST, "superseded", should_retry=False),
     ImageGone: Row(410, _REQUEST, "image_gone"),
-    UnsupportedBody: Row(415, _REQUEST, "unsupported_media_type"),
+    UnsupportedBody: Row(
+        415, _REQUEST, "unsupported_media_type", meaning="the body is not declared as JSON, or it is compressed"
+    ),
     Overloaded: Row(
         429,
         "rate_limit_error",

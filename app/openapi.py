@@ -56,23 +56,22 @@ TAGS = {
 # What any request can be answered with, whatever its route.
 ALWAYS = (TABLE[WrongHost], BY_STATUS[408], BY_STATUS[414], BY_STATUS[431], BY_STATUS[503], UNKNOWN)
 
+# OpenAPI wants no parameter of this name, so its meaning stands in the description of the routes that read it.
+ACCEPT = """
+
+`Accept` chooses the form of the answer: `image/png`, `image/jpeg` and `image/webp` ask for the bytes of the one
+picture, and win over `output_format`; `application/json` asks for JSON with base64; `*/*` or none is JSON, or the bytes
+where `output_format` is given."""
+
+_BAD_WAIT = r'(^|,)\s*[Ww][Aa][Ii][Tt]\s*(=\s*(?!"*[0-9]{1,6}"*\s*(,|$))|,|$)'
 PARAMETERS: dict[str, Json] = {
-    "accept": {
-        "description": "`image/png`, `image/jpeg` and `image/webp` ask for the bytes of the one picture, "
-        "`application/json` for JSON with base64; an image type wins over `output_format`",
-        "example": "image/png",
-    },
     "prefer": {
         "description": "`respond-async` answers 202 at once, `wait=N` after N seconds at the latest (RFC 7240); others "
         "are ignored",
         "schema": {
             "type": "array",
-            "items": {
-                "anyOf": [
-                    {"type": "string", "pattern": "^wait=[0-9]{1,6}$"},
-                    {"type": "string", "not": {"pattern": "[Ww][Aa][Ii][Tt]"}},
-                ]
-            },
+            # Not `wait` without its number.
+            "items": {"type": "string", "not": {"pattern": _BAD_WAIT}},
         },
         "example": ["respond-async"],
     },
@@ -142,13 +141,22 @@ def image_types() -> Json:
     return {f"image/{format}": {"schema": {"type": "string", "format": "binary"}} for format in ("png", "jpeg", "webp")}
 
 
-def event_stream(events: Mapping[str, type[BaseModel]]) -> Json:
-    """The content of a stream: OpenAPI 3.1 has no words for its events, so their schemas stand beside it by name."""
-    shown = {name: {"$ref": REF + model.__name__} for name, model in events.items()}
-    description = (
-        f"Server-sent events: {', '.join(f'`{name}`' for name in shown)}. `data:` is JSON, its schema by name."
-    )
-    return {"text/event-stream": {"schema": {**_TEXT, "description": description}, "x-event-schemas": shown}}
+def event_stream(events: Mapping[str, type[BaseModel]], *, has_ids: bool) -> Json:
+    """The content of a stream of server-sent events. In OpenAPI 3.1 its schema is that of each event."""
+    by_model: dict[type[BaseModel], list[str]] = defaultdict(list)
+    for name, model in events.items():
+        by_model[model].append(name)
+    return {"text/event-stream": {"schema": {"oneOf": [_event(*pair, has_ids) for pair in by_model.items()]}}}
+
+
+def _event(model: type[BaseModel], names: list[str], has_id: bool) -> Json:
+    data = {**_TEXT, "contentMediaType": "application/json", "contentSchema": {"$ref": REF + model.__name__}}
+    event_id = {"id": {**_TEXT, "pattern": "^[0-9]+$", "description": "for `Last-Event-ID`"}} if has_id else {}
+    return {
+        "type": "object",
+        "required": ["event", "data", *event_id],
+        "properties": {"event": {**_TEXT, "enum": names}, "data": data, **event_id},
+    }
 
 
 GENERATION_EVENTS: dict[str, type[BaseModel]] = {
@@ -226,7 +234,7 @@ def operations(app: FastAPI, document: Json) -> Iterator[tuple[RouteContext, Jso
 
 def _add_schemas(schemas: Json) -> None:
     """Those that no route names by itself: of errors, and of events."""
-    models = {ErrorBody, *GENERATION_EVENTS.values(), *IMAGE_EVENTS.values()}
+    models: set[type[BaseModel]] = {ErrorBody, *GENERATION_EVENTS.values(), *IMAGE_EVENTS.values()}
     inputs = [(model, "serialization") for model in sorted(models, key=lambda model: model.__name__)]
     _, definitions = models_json_schema(inputs, ref_template=REF + "{model}")  # type: ignore[arg-type]
     schemas.update(definitions["$defs"])
@@ -235,7 +243,11 @@ def _add_schemas(schemas: Json) -> None:
 
 
 def _complete(operation: Json, route: RouteContext) -> None:
-    for parameter in operation.get("parameters", ()):
+    parameters = operation.get("parameters", [])
+    operation["parameters"] = [parameter for parameter in parameters if parameter["name"] != "accept"]
+    if len(operation["parameters"]) < len(parameters):
+        operation["description"] += ACCEPT
+    for parameter in operation["parameters"]:
         _complete_parameter(parameter)
     if operation["operationId"] in EXAMPLES:
         operation["requestBody"]["content"]["application/json"]["examples"] = EXAMPLES[operation["operationId"]]
@@ -369,7 +381,7 @@ def _route_lines(document: Json) -> Iterator[tuple[str, str]]:
 
 
 def _first_sentence(text: str) -> str:
-    sentence = re.split(r"(?<=[a-z`)])\.(?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
+    sentence = re.split(r"\.(?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
     return sentence[:1].lower() + sentence[1:]
 
 

@@ -119,6 +119,10 @@ class LiveAck(_Request):
     frame: Annotated[int, Field(ge=1, le=MAX_SEED)]
 
 
+UNUSED = "accepted for clients that send it; changes nothing"
+AS_NATIVE = "as in `POST /v1/generations`"
+
+
 class OpenAIImageRequest(_Request):
     """Body of `POST /v1/images/generations`: OpenAI's fields, and ours by the SDK's `extra_body`.
 
@@ -135,28 +139,46 @@ class OpenAIImageRequest(_Request):
     )
 
     prompt: Annotated[Text, Field(description="what to draw", json_schema_extra={"pattern": HAS_TEXT})]
-    model: Name | None = None
-    n: Annotated[int, Field(ge=1, le=10)] | None = None
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
-    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
-    background: Literal["auto", "opaque", "transparent"] | None = None
-    output_format: ImageFormat | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
-    moderation: Literal["low", "auto"] | None = None
-    stream: bool | None = None
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
-    response_format: Literal["b64_json", "url"] | None = None
-    style: Literal["vivid", "natural"] | None = None
-    user: Annotated[str, Field(max_length=500)] | None = None
-    safety_identifier: Annotated[str, Field(max_length=500)] | None = None
+    model: Annotated[Name | None, Field(description="an `id` of `/v1/models`; `FEWSTEP_DEFAULT_MODEL` by default")] = (
+        None
+    )
+    n: Annotated[int | None, Field(ge=1, le=10, description="how many pictures, 1 by default; a stream has one")] = None
+    size: Annotated[
+        str | None,
+        Field(
+            pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$",
+            description="one of the model's `sizes`, or `auto`, its first, by default",
+        ),
+    ] = None
+    quality: Annotated[
+        Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None, Field(description=UNUSED)
+    ] = None
+    background: Annotated[
+        Literal["auto", "opaque", "transparent"] | None, Field(description="the models draw opaque pictures")
+    ] = None
+    output_format: Annotated[ImageFormat | None, Field(description="`png` by default")] = None
+    output_compression: Annotated[
+        int | None, Field(ge=0, le=100, description="quality of `jpeg` and `webp`, 100 by default")
+    ] = None
+    moderation: Annotated[Literal["low", "auto"] | None, Field(description=UNUSED)] = None
+    stream: Annotated[bool | None, Field(description="whether the answer is a stream of events")] = None
+    partial_images: Annotated[
+        int | None, Field(ge=0, le=3, description="at most so many previews in a stream; none by default")
+    ] = None
+    response_format: Annotated[Literal["b64_json", "url"] | None, Field(description="pictures come as `b64_json`")] = (
+        None
+    )
+    style: Annotated[Literal["vivid", "natural"] | None, Field(description=UNUSED)] = None
+    user: Annotated[str | None, Field(max_length=500, description=UNUSED)] = None
+    safety_identifier: Annotated[str | None, Field(max_length=500, description="sent back")] = None
 
-    negative_prompt: Text | None = None
-    num_inference_steps: Steps | None = None
-    guidance_scale: Guidance | None = None
-    seed: Seed | None = None
-    scheduler: Name | None = None
-    decoder: DecoderChoice | None = None
-    metadata: bool | None = None
+    negative_prompt: Annotated[Text | None, Field(description=AS_NATIVE)] = None
+    num_inference_steps: Annotated[Steps | None, Field(description=AS_NATIVE)] = None
+    guidance_scale: Annotated[Guidance | None, Field(description=AS_NATIVE)] = None
+    seed: Annotated[Seed | None, Field(description=AS_NATIVE)] = None
+    scheduler: Annotated[Name | None, Field(description=AS_NATIVE)] = None
+    decoder: Annotated[DecoderChoice | None, Field(description=AS_NATIVE)] = None
+    metadata: Annotated[bool | None, Field(description=AS_NATIVE)] = None
 
 
 class Queue(BaseModel):

@@ -25,7 +25,7 @@ def parse(data: bytes | str) -> Any:
     except UnicodeDecodeError as error:
         raise json.JSONDecodeError(f"not UTF-8 from byte {error.start} on", "", error.start) from None
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_int=_parse_int)
+        return json.loads(text, object_pairs_hook=_unique, parse_int=_parse_int, parse_float=_parse_float)
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", "", 0) from None
     except _Refused as refused:
@@ -49,6 +49,12 @@ def _parse_int(digits: str) -> int:
     if len(digits) > MAX_NUMBER_CHARS:
         raise _Refused(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+def _parse_float(digits: str) -> float | int:
+    """7.0 is the integer 7, as JSON Schema has it; above 2^53 a double is no exact integer any more."""
+    number = float(digits)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 class StrictRequest(Request):

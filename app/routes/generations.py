@@ -283,7 +283,7 @@ async def follow_own(
     responses={
         200: {
             "description": "The events.",
-            "content": event_stream(GENERATION_EVENTS),
+            "content": event_stream(GENERATION_EVENTS, has_ids=True),
             "headers": show_headers("Cache-Control", "X-Accel-Buffering"),
         },
         204: {"description": "The last event was seen already: nothing more will come."},

@@ -52,7 +52,7 @@ def show_worker(worker: WorkerInfo) -> dict[str, Any]:
 @router.get("/metrics", response_class=PlainTextResponse)
 @raises(BrokerError)
 async def metrics(gateway: GatewayDep) -> Response:
-    """Prometheus' text format. What Redis knows is read for each scrape; it is stale while Redis is away."""
+    """Figures in Prometheus' text format. What Redis knows is read for each scrape; it is stale while Redis is away."""
     await refresh(gateway)
     return Response(gateway.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 

@@ -52,7 +52,7 @@ router = APIRouter(prefix="/v1/images", route_class=JsonRoute, tags=["OpenAI"])
         200: {
             "description": "The pictures; with `stream` its events.",
             "model": OpenAIImages,
-            "content": event_stream(IMAGE_EVENTS),
+            "content": event_stream(IMAGE_EVENTS, has_ids=False),
             "headers": show_headers(sometimes=(*RESULT_HEADERS, "Cache-Control", "X-Accel-Buffering", *MODEL_HEADERS)),
         }
     },
