@@ -175,8 +175,14 @@ CONFIG: Json = {
     "request-timeout": 30,
     "generation": {"max-examples": 25, "database": "none"},
     "phases": {"stateful": {"generation": {"max-examples": 10}}},
-    # DELETE cancels: what was drawn already can be read for as long as it is kept.
-    "checks": {"use_after_free": {"enabled": False}},
+    "checks": {
+        # DELETE cancels: what was drawn already can be read for as long as it is kept.
+        "use_after_free": {"enabled": False},
+        # A generation that is drawn asynchronously is there at once, its picture is not.
+        "ensure_resource_availability": {"enabled": False},
+        # A deadline of a millisecond is a right request, and 504 its right answer.
+        "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "504"]},
+    },
 }
 
 
