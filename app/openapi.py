@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
@@ -23,6 +22,18 @@ from fastapi.routing import APIRoute, RouteContext, iter_route_contexts
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from app.api_words import (
+    ACCEPT,
+    DESCRIPTION,
+    EXAMPLES,
+    FIELDS,
+    HEADERS,
+    OPENAI_FIELDS,
+    PARAMETERS,
+    TAGS,
+    TEXT,
+    Json,
+)
 from app.errors import (
     BY_STATUS,
     RETRYABLE_FAILURE,
@@ -39,75 +50,10 @@ from app.errors import (
 from app.schemas import CompletedImage, ErrorBody, Generation, PartialImage, PreviewData, StreamError
 from models.catalog import ModelSpec
 
-Json = dict[str, Any]
-
 REF = "#/components/schemas/"
-DESCRIPTION = """Real-time text-to-image with few-step diffusion models.
-
-Errors have one shape everywhere, OpenAI's. `WS /v1/live`, the live protocol, is described in docs/live-protocol.md:
-OpenAPI has no place for WebSockets."""
-TAGS = {
-    "generations": "Draw a picture, look it up, follow it, cancel it.",
-    "OpenAI": "OpenAI's images API, for its clients as they are.",
-    "models": "What can be asked for, and how fast it is right now.",
-    "health": "Whether the process lives, whether pictures can be drawn, and figures.",
-}
-
 # What any request can be answered with, whatever its route.
 ALWAYS = (TABLE[WrongHost], BY_STATUS[408], BY_STATUS[414], BY_STATUS[431], BY_STATUS[503], UNKNOWN)
 
-# OpenAPI wants no parameter of this name, so its meaning stands in the description of the routes that read it.
-ACCEPT = """
-
-`Accept` chooses the form of the answer: `image/png`, `image/jpeg` and `image/webp` ask for the bytes of the one
-picture, and win over `output_format`; `application/json` asks for JSON with base64; `*/*` or none is JSON, or the bytes
-where `output_format` is given."""
-
-PARAMETERS: dict[str, Json] = {
-    "prefer": {
-        "description": "`respond-async` answers 202 at once, `wait=N` after N seconds at the latest, a whole number "
-        "(RFC 7240); others are ignored",
-        "schema": {"type": "array", "items": {"type": "string"}},
-        "example": ["respond-async"],
-    },
-    "traceparent": {
-        "description": "W3C trace context, passed on to the worker; ignored unless it is well formed",
-        "example": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-    },
-    "last-event-id": {
-        "description": "the `id:` of the last event seen; the stream continues after it, anything else starts from the "
-        "beginning",
-        "example": "0",
-    },
-    "generation_id": {"description": "the `id` of a generation"},
-    "index": {"description": "which picture, from 0"},
-    "model": {"description": "an `id` of `/v1/models`"},
-}
-
-_TEXT: Json = {"type": "string"}
-_HEADERS: dict[str, tuple[str, Json]] = {
-    "X-Request-Id": ("The id of this request, in the gateway's log too.", {**_TEXT, "pattern": "^[0-9a-f]{32}$"}),
-    "Location": ("The path of the generation.", {**_TEXT, "pattern": "^/v1/generations/"}),
-    "Preference-Applied": ("What of `Prefer` was applied.", {**_TEXT, "const": "respond-async"}),
-    "Server-Timing": (
-        "Milliseconds of `queue`, `text`, `denoise`, `decode`, `encode` and `total`.",
-        {**_TEXT, "pattern": r"^queue;dur=\d+\.\d+, text;dur="},
-    ),
-    "X-Fewstep-Seed": ("The seed of the picture.", {"type": "integer", "minimum": 0}),
-    "X-Fewstep-Model": ("What drew it.", _TEXT),
-    "X-Fewstep-Model-Revision": ("Which revision of the model drew it.", _TEXT),
-    "X-Fewstep-Generation": ("The id of the generation.", _TEXT),
-    "Deprecation": ("Since when the model is deprecated (RFC 9745).", {**_TEXT, "pattern": r"^@\d+$"}),
-    "Sunset": ("When the model will go (RFC 8594).", _TEXT),
-    "Cache-Control": ("Whether the answer may be kept.", _TEXT),
-    "X-Accel-Buffering": ("Keeps nginx from collecting the stream.", {**_TEXT, "const": "no"}),
-    "Retry-After": ("Seconds until it is worth another try.", {"type": "integer", "minimum": 1}),
-    "retry-after-ms": ("The same in milliseconds.", {"type": "integer", "minimum": 1}),
-    "x-should-retry": (
-        "Overrides what OpenAI's clients conclude from the status.",
-        {**_TEXT, "enum": ["true", "false"]},
-    ),
-}
 RESULT_HEADERS = (
     "Server-Timing",
     "X-Fewstep-Seed",
@@ -127,7 +73,7 @@ def show_headers(*always: str, sometimes: Iterable[str] = ()) -> Json:
 
 
 def _header(name: str, is_required: bool) -> Json:
-    description, schema = _HEADERS[name]
+    description, schema = HEADERS[name]
     return {"description": description, "required": is_required, "schema": dict(schema)}
 
 
@@ -145,12 +91,12 @@ def event_stream(events: Mapping[str, type[BaseModel]], *, has_ids: bool) -> Jso
 
 
 def _event(model: type[BaseModel], names: list[str], has_id: bool) -> Json:
-    data = {**_TEXT, "contentMediaType": "application/json", "contentSchema": {"$ref": REF + model.__name__}}
-    event_id = {"id": {**_TEXT, "pattern": "^[0-9]+$", "description": "for `Last-Event-ID`"}} if has_id else {}
+    data = {**TEXT, "contentMediaType": "application/json", "contentSchema": {"$ref": REF + model.__name__}}
+    event_id = {"id": {**TEXT, "pattern": "^[0-9]+$", "description": "for `Last-Event-ID`"}} if has_id else {}
     return {
         "type": "object",
         "required": ["event", "data", *event_id],
-        "properties": {"event": {**_TEXT, "enum": names}, "data": data, **event_id},
+        "properties": {"event": {**TEXT, "enum": names}, "data": data, **event_id},
     }
 
 
@@ -164,38 +110,6 @@ IMAGE_EVENTS: dict[str, type[BaseModel]] = {
     "image_generation.completed": CompletedImage,
     "error": StreamError,
 }
-
-APPLE = "a red apple on a blue background"
-EXAMPLES: dict[str, Json] = {
-    "create_generation": {
-        "shortest": {"summary": "The model's defaults", "value": {"prompt": APPLE}},
-        "everything": {
-            "summary": "Every choice made",
-            "value": {
-                "prompt": APPLE,
-                "negative_prompt": "text",
-                "num_inference_steps": 2,
-                "guidance_scale": 1.5,
-                "seed": 7,
-                "num_images": 4,
-                "decoder": "full",
-                "output_format": "webp",
-                "output_quality": 90,
-                "previews": True,
-                "deadline_ms": 30_000,
-                "metadata": False,
-            },
-        },
-    },
-    "create_image": {
-        "shortest": {"summary": "As OpenAI's clients ask", "value": {"prompt": APPLE, "n": 1, "size": "auto"}},
-        "stream": {
-            "summary": "Previews on the way",
-            "value": {"prompt": APPLE, "stream": True, "partial_images": 2, "seed": 7},
-        },
-    },
-}
-
 
 # The document
 
@@ -214,8 +128,7 @@ def describe(app: FastAPI, catalog: Mapping[str, ModelSpec]) -> Json:
     _add_schemas(document["components"]["schemas"])
     for route, operation in operations(app, document):
         _complete(operation, route)
-    for name in ("GenerationRequest", "OpenAIImageRequest"):
-        narrow(document["components"]["schemas"][name], catalog)
+    _complete_bodies(document["components"]["schemas"], catalog)
     return document
 
 
@@ -235,6 +148,16 @@ def _add_schemas(schemas: Json) -> None:
     schemas.update(definitions["$defs"])
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
+
+
+def _complete_bodies(schemas: Json, catalog: Mapping[str, ModelSpec]) -> None:
+    """Meanings and limits of the requests' fields, and what can't stand together."""
+    for name, fields in (("GenerationRequest", FIELDS), ("OpenAIImageRequest", FIELDS | OPENAI_FIELDS)):
+        for field, schema in schemas[name]["properties"].items():
+            schema.setdefault("description", fields.get(field, ""))
+        narrow(schemas[name], catalog)
+    many = {"stream": {"const": True}, "n": {"type": "integer", "minimum": 2}}
+    schemas["OpenAIImageRequest"]["not"] = {"required": ["stream", "n"], "properties": many}
 
 
 def _complete(operation: Json, route: RouteContext) -> None:
@@ -326,7 +249,7 @@ def narrow(schema: Json, catalog: Mapping[str, ModelSpec]) -> None:
     steps, guidance = [spec.num_inference_steps for spec in specs], [spec.guidance_scale for spec in specs]
     max_chars = {"maxLength": max(spec.max_prompt_chars for spec in specs)}
     limits: dict[str, Json] = {
-        "prompt": max_chars,
+        "prompt": {**max_chars, "pattern": r"\S"},
         "negative_prompt": max_chars,
         "model": {"enum": list(catalog)},
         "width": {"enum": sorted({width for width, _ in sizes})},
@@ -388,7 +311,7 @@ def _header_lines(document: Json) -> Iterator[tuple[str, str]]:
         for response in operation["responses"].values()
         for name in response.get("headers", ())
     }
-    for name, (description, _) in _HEADERS.items():
+    for name, (description, _) in HEADERS.items():
         if name in used:
             yield f"`{name}`", description[:1].lower() + description[1:].rstrip(".")
 

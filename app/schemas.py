@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from broker.messages import MAX_SEED, ImageFormat, SamplingParams, State
 
 MAX_TEXT_CHARS = 32_000
-HAS_TEXT = r"\S"
 
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Name = Annotated[str, Field(min_length=1, max_length=100)]
@@ -40,56 +39,25 @@ class LoraChoice(_Request):
 
 
 class GenerationFields(_Request):
-    """What a picture can be asked for, the same over HTTP and over a live socket. null means the default."""
+    """What a picture can be asked for, the same over HTTP and over a live socket. null means the model's default."""
 
-    prompt: Annotated[Text, Field(description="what to draw", json_schema_extra={"pattern": HAS_TEXT})]
-    negative_prompt: Annotated[
-        Text | None, Field(description="what to avoid; has an effect only with a `guidance_scale` above 1")
-    ] = None
-    model: Annotated[Name | None, Field(description="an `id` of `/v1/models`; `FEWSTEP_DEFAULT_MODEL` by default")] = (
-        None
-    )
-    width: Annotated[Pixels | None, Field(description="of one of the model's `sizes`; its first by default")] = None
-    height: Annotated[Pixels | None, Field(description="of one of the model's `sizes`; its first by default")] = None
-    num_inference_steps: Annotated[Steps | None, Field(description="within the model's limits")] = None
-    guidance_scale: Annotated[Guidance | None, Field(description="within the model's limits")] = None
-    seed: Annotated[
-        Seed | None,
-        Field(
-            description="0 to 9007199254740991 (2^53 − 1); the same seed gives the same picture; drawn at random by "
-            "default"
-        ),
-    ] = None
-    scheduler: Annotated[Name | None, Field(description="one of the model's `schedulers`")] = None
-    loras: Annotated[
-        list[LoraChoice] | None,
-        Field(
-            max_length=8,
-            description='style LoRAs of the catalog, as `[{"name", "weight"}]`; no bundled model has one',
-        ),
-    ] = None
-    num_images: Annotated[NumImages | None, Field(description="picture i is drawn from `seed` + i; 1 by default")] = (
-        None
-    )
-    decoder: Annotated[
-        DecoderChoice | None,
-        Field(description="`full`, `tiny` (faster, coarser) or `auto`, the default, which is `full` here"),
-    ] = None
-    output_format: Annotated[ImageFormat | None, Field(description="`png`, `jpeg` or `webp`; `jpeg` by default")] = None
-    output_quality: Annotated[
-        int | None, Field(ge=1, le=100, description="1 to 100, for `jpeg` and `webp`; 85 by default")
-    ] = None
-    previews: Annotated[bool | None, Field(description="whether `/events` carries previews; `false` by default")] = None
-    deadline_ms: Annotated[
-        int | None,
-        Field(
-            ge=1, le=3_600_000, description="1 to 3600000: the request ends as `expired` after that; none by default"
-        ),
-    ] = None
-    metadata: Annotated[
-        bool | None,
-        Field(description="whether the file carries its parameters (PNG text, EXIF description); `true` by default"),
-    ] = None
+    prompt: Text
+    negative_prompt: Text | None = None
+    model: Name | None = None
+    width: Pixels | None = None
+    height: Pixels | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
+    seed: Seed | None = None
+    scheduler: Name | None = None
+    loras: Annotated[list[LoraChoice], Field(max_length=8)] | None = None
+    num_images: NumImages | None = None
+    decoder: DecoderChoice | None = None
+    output_format: ImageFormat | None = None
+    output_quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    previews: bool | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None
+    metadata: bool | None = None
 
 
 class GenerationRequest(GenerationFields):
@@ -119,66 +87,35 @@ class LiveAck(_Request):
     frame: Annotated[int, Field(ge=1, le=MAX_SEED)]
 
 
-UNUSED = "accepted for clients that send it; changes nothing"
-AS_NATIVE = "as in `POST /v1/generations`"
-
-
 class OpenAIImageRequest(_Request):
     """Body of `POST /v1/images/generations`: OpenAI's fields, and ours by the SDK's `extra_body`.
 
     `quality`, `moderation`, `style` and `user` change nothing here and are accepted for clients that send them.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "not": {
-                "required": ["stream", "n"],
-                "properties": {"stream": {"const": True}, "n": {"type": "integer", "minimum": 2}},
-            }
-        }
-    )
+    prompt: Text
+    model: Name | None = None
+    n: Annotated[int, Field(ge=1, le=10)] | None = None
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    output_format: ImageFormat | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    moderation: Literal["low", "auto"] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    user: Annotated[str, Field(max_length=500)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=500)] | None = None
 
-    prompt: Annotated[Text, Field(description="what to draw", json_schema_extra={"pattern": HAS_TEXT})]
-    model: Annotated[Name | None, Field(description="an `id` of `/v1/models`; `FEWSTEP_DEFAULT_MODEL` by default")] = (
-        None
-    )
-    n: Annotated[int | None, Field(ge=1, le=10, description="how many pictures, 1 by default; a stream has one")] = None
-    size: Annotated[
-        str | None,
-        Field(
-            pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$",
-            description="one of the model's `sizes`, or `auto`, its first, by default",
-        ),
-    ] = None
-    quality: Annotated[
-        Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None, Field(description=UNUSED)
-    ] = None
-    background: Annotated[
-        Literal["auto", "opaque", "transparent"] | None, Field(description="the models draw opaque pictures")
-    ] = None
-    output_format: Annotated[ImageFormat | None, Field(description="`png` by default")] = None
-    output_compression: Annotated[
-        int | None, Field(ge=0, le=100, description="quality of `jpeg` and `webp`, 100 by default")
-    ] = None
-    moderation: Annotated[Literal["low", "auto"] | None, Field(description=UNUSED)] = None
-    stream: Annotated[bool | None, Field(description="whether the answer is a stream of events")] = None
-    partial_images: Annotated[
-        int | None, Field(ge=0, le=3, description="at most so many previews in a stream; none by default")
-    ] = None
-    response_format: Annotated[Literal["b64_json", "url"] | None, Field(description="pictures come as `b64_json`")] = (
-        None
-    )
-    style: Annotated[Literal["vivid", "natural"] | None, Field(description=UNUSED)] = None
-    user: Annotated[str | None, Field(max_length=500, description=UNUSED)] = None
-    safety_identifier: Annotated[str | None, Field(max_length=500, description="sent back")] = None
-
-    negative_prompt: Annotated[Text | None, Field(description=AS_NATIVE)] = None
-    num_inference_steps: Annotated[Steps | None, Field(description=AS_NATIVE)] = None
-    guidance_scale: Annotated[Guidance | None, Field(description=AS_NATIVE)] = None
-    seed: Annotated[Seed | None, Field(description=AS_NATIVE)] = None
-    scheduler: Annotated[Name | None, Field(description=AS_NATIVE)] = None
-    decoder: Annotated[DecoderChoice | None, Field(description=AS_NATIVE)] = None
-    metadata: Annotated[bool | None, Field(description=AS_NATIVE)] = None
+    negative_prompt: Text | None = None
+    num_inference_steps: Steps | None = None
+    guidance_scale: Guidance | None = None
+    seed: Seed | None = None
+    scheduler: Name | None = None
+    decoder: DecoderChoice | None = None
+    metadata: bool | None = None
 
 
 class Queue(BaseModel):
