@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import logging
 import os
 import signal
@@ -20,6 +21,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, die_with_parent
 
 if TYPE_CHECKING:
+    from app.keys import KeyRecord
+    from app.settings import GatewaySettings
     from broker.embedded import EmbeddedRedis, GivenRedis
     from broker.messages import Job
     from models.catalog import ModelSpec
@@ -37,8 +40,12 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="What can be served.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+keys_app = typer.Typer(help="Who may use a gateway: API keys in a file of hashes.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="An entry of the catalog; see: fewstep models list")]
+
+KeysFile = Annotated[Path, typer.Option("--file", "-f", envvar="FEWSTEP_API_KEYS_FILE", help="The file of the keys.")]
 
 
 @app.command()
@@ -56,7 +63,7 @@ def serve(
 
     Example: fewstep serve --port 9000
     """
-    from app.settings import GatewaySettings, check_exposure
+    from app.settings import GatewaySettings, check_exposure, open_loopback
     from broker.embedded import resolve
     from broker.errors import BrokerError
     from broker.settings import SettingsError
@@ -64,13 +71,13 @@ def serve(
 
     _configure_logging()
     try:
-        settings = GatewaySettings.load(host=host, port=port, default_model=model)
+        settings = open_loopback(GatewaySettings.load(host=host, port=port, default_model=model))
         check_exposure(settings)
         get_spec(load_catalog(settings.catalog), model)
         _check_port(host, port)
         with resolve(data_dir=data_dir) as redis:
             asyncio.run(_check_redis(redis.url))
-            _supervise(settings.host, port, model, redis)
+            _supervise(settings, redis)
     except (SettingsError, BrokerError, CatalogError, OSError) as error:
         _fail(str(error))
     except ChildFailed as error:
@@ -84,9 +91,15 @@ async def _check_redis(url: str) -> None:
         pass
 
 
-def _supervise(host: str, port: int, model: str, redis: GivenRedis | EmbeddedRedis) -> None:
+def _supervise(settings: GatewaySettings, redis: GivenRedis | EmbeddedRedis) -> None:
+    host, port, model = settings.host, settings.port, settings.default_model
     environment = {"FEWSTEP_REDIS_URL": redis.url}
-    gateway = {"FEWSTEP_HOST": host, "FEWSTEP_PORT": str(port), "FEWSTEP_DEFAULT_MODEL": model}
+    gateway = {
+        "FEWSTEP_HOST": host,
+        "FEWSTEP_PORT": str(port),
+        "FEWSTEP_DEFAULT_MODEL": model,
+        "FEWSTEP_ALLOW_ANONYMOUS": str(settings.allow_anonymous),
+    }
     children = [
         Child("gateway", ["gateway"], environment | gateway),
         Child("worker", ["worker"], environment | {"FEWSTEP_MODELS": model}, stop_timeout_s=25),
@@ -187,8 +200,8 @@ def generate(
     """
     from pydantic import ValidationError
 
-    from app.admission import Defaults, complete, find_warnings
     from app.errors import GatewayError
+    from app.parameters import Defaults, complete, find_warnings
     from app.schemas import GenerationFields
     from broker.messages import Job
     from broker.settings import SettingsError
@@ -270,6 +283,107 @@ def list_models() -> None:
         sizes = ", ".join(f"{width}x{height}" for width, height in spec.sizes)
         table.add_row(spec.name, f"{steps.default} ({steps.min}-{steps.max})", sizes, spec.license, spec.description)
     Console().print(table)
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="What you will know it by.")],
+    file: KeysFile,
+    weight: Annotated[int | None, typer.Option(help="Its share beside other keys, 1 to 100; 1 if none.")] = None,
+    requests: Annotated[int | None, typer.Option("--requests-per-minute", help="Unlimited if none.")] = None,
+    images: Annotated[int | None, typer.Option("--images-per-minute", help="Unlimited if none.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model it may use, once for each; all if none.")] = None,
+    lane: Annotated[list[str] | None, typer.Option(help="live or api; both if none.")] = None,
+) -> None:
+    """Makes a key and prints it, this once. The file gets only its hash; a running gateway reads it within a second.
+
+    Example: fewstep keys create shop --file keys.toml --images-per-minute 120
+    """
+    from app.key_file import add_key, format_entry, make_key, new_record
+
+    with _one_line_errors():
+        key_id, key = make_key()
+        record = new_record(
+            key,
+            name=name,
+            weight=weight,
+            max_requests_per_minute=requests,
+            max_images_per_minute=images,
+            models=_check_models(model or []),
+            lanes=lane,
+            created=datetime.date.today(),
+        )
+        add_key(file, record, key_id)
+    print(key)
+    console.print(f"{file}: has key {key_id}. It is shown only now: keep it.", markup=False, soft_wrap=True)
+    console.print(f"For FEWSTEP_API_KEYS: {format_entry(key_id, record)}", markup=False, soft_wrap=True)
+
+
+@keys_app.command("list")
+def list_keys(file: KeysFile) -> None:
+    """The keys of a file: ids, names, rates.
+
+    Example: fewstep keys list --file keys.toml
+    """
+    from rich.table import Table
+
+    from app.keys import parse_file
+
+    with _one_line_errors():
+        records = parse_file(file)
+    headings = ("id", "name", "weight", "requests/min", "images/min", "models", "lanes", "created")
+    table = Table(*headings, box=None, pad_edge=False)
+    for key_id, record in records.items():
+        table.add_row(key_id, *_show_record(record))
+    Console().print(table)
+
+
+def _show_record(record: KeyRecord) -> Iterator[str]:
+    yield from (record.name, str(record.weight))
+    for rate in (record.max_requests_per_minute, record.max_images_per_minute):
+        yield "unlimited" if rate is None else str(rate)
+    yield ", ".join(sorted(record.models)) if record.models else "all"
+    yield ", ".join(sorted(record.lanes))
+    yield str(record.created or "")
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="Its id: the part between fs_ and the next underscore.")], file: KeysFile
+) -> None:
+    """Takes a key out of the file; a running gateway refuses it within a second and ends its live sockets.
+
+    Example: fewstep keys revoke 3f0a9c51b2de --file keys.toml
+    """
+    from app.key_file import remove_key
+
+    with _one_line_errors():
+        record = remove_key(file, key_id)
+    console.print(f"{file}: key {key_id} {record.name} is revoked", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_models(names: list[str]) -> list[str]:
+    from app.settings import GatewaySettings
+    from models.catalog import get_spec, load_catalog
+
+    catalog = load_catalog(GatewaySettings.load().catalog)
+    return [get_spec(catalog, name).name for name in names]
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    from pydantic import ValidationError
+
+    from broker.settings import SettingsError
+    from models.catalog import CatalogError
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"{'.'.join(str(part) for part in first['loc'])}={first['input']!r}: {first['msg']}")
+    except (SettingsError, CatalogError, OSError) as error:
+        _fail(str(error))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ DESCRIPTION = """Real-time text-to-image with few-step diffusion models.
 Errors have one shape everywhere, OpenAI's. `WS /v1/live`, the live protocol, is described in docs/live-protocol.md:
 OpenAPI has no place for WebSockets."""
 TAGS = {
+    "live": "Tokens for live sockets; the live protocol itself is in docs/live-protocol.md.",
     "generations": "Draw a picture, look it up, follow it, cancel it.",
     "OpenAI": "OpenAI's images API, for its clients as they are.",
     "models": "What can be asked for, and how fast it is right now.",
@@ -35,6 +36,16 @@ PARAMETERS: dict[str, Json] = {
         "description": "W3C trace context, passed on to the worker; ignored unless it is well formed",
         "example": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     },
+    "x-fewstep-deadline-ms": {
+        "description": "the request ends as `expired` after so many milliseconds; the earlier of this and the body's "
+        "`deadline_ms` counts",
+        "example": 30_000,
+    },
+    "Idempotency-Key": {
+        "description": "a retry with the same key and body is the same request; 1 to 255 printable ASCII characters",
+        "schema": {"type": "string", "pattern": "^[!-~]([ -~]{0,253}[!-~])?$"},
+    },
+    "token": {"description": "of a signed link, in place of an API key"},
     "last-event-id": {
         "description": "the `id:` of the last event seen; the stream continues after it, anything else starts from the "
         "beginning",
@@ -51,17 +62,25 @@ HEADERS: dict[str, tuple[str, Json]] = {
     "Location": ("The path of the generation.", {**TEXT, "pattern": "^/v1/generations/"}),
     "Preference-Applied": ("What of `Prefer` was applied.", {**TEXT, "const": "respond-async"}),
     "Server-Timing": (
-        "Milliseconds of `queue`, `text`, `denoise`, `decode`, `encode` and `total`.",
-        {**TEXT, "pattern": r"^queue;dur=\d+\.\d+, text;dur="},
+        "Milliseconds of `queue`, `text`, `denoise`, `decode`, `encode` and `total`; `cache` where nothing was drawn.",
+        {**TEXT, "pattern": r"^(queue|cache);"},
     ),
     "X-Fewstep-Seed": ("The seed of the picture.", {"type": "integer", "minimum": 0}),
     "X-Fewstep-Model": ("What drew it.", TEXT),
     "X-Fewstep-Model-Revision": ("Which revision of the model drew it.", TEXT),
     "X-Fewstep-Generation": ("The id of the generation.", TEXT),
+    "Cache-Status": ("Whether the picture was drawn for this request or shared (RFC 9211).", TEXT),
+    "Idempotent-Replayed": ("That the key was used before: this is the same request.", {**TEXT, "const": "true"}),
     "Deprecation": ("Since when the model is deprecated (RFC 9745).", {**TEXT, "pattern": r"^@\d+$"}),
     "Sunset": ("When the model will go (RFC 8594).", TEXT),
     "Cache-Control": ("Whether the answer may be kept.", TEXT),
     "X-Accel-Buffering": ("Keeps nginx from collecting the stream.", {**TEXT, "const": "no"}),
+    "X-RateLimit-Limit": ("The key's requests or images a minute, whichever is tighter.", {"type": "integer"}),
+    "X-RateLimit-Remaining": ("What is left of them.", {"type": "integer"}),
+    "X-RateLimit-Reset": ("Seconds until some of it comes back.", {"type": "integer"}),
+    "RateLimit-Policy": ("All limits of the key, in the fields of the IETF's draft.", TEXT),
+    "RateLimit": ("What is left of each, in the fields of the IETF's draft.", TEXT),
+    "WWW-Authenticate": ("How to say who is asking.", {**TEXT, "const": "Bearer"}),
     "Retry-After": ("Seconds until it is worth another try.", {"type": "integer", "minimum": 1}),
     "retry-after-ms": ("The same in milliseconds.", {"type": "integer", "minimum": 1}),
     "x-should-retry": (
@@ -69,6 +88,8 @@ HEADERS: dict[str, tuple[str, Json]] = {
         {**TEXT, "enum": ["true", "false"]},
     ),
 }
+UNUSED = "accepted for clients that send it; changes nothing"
+
 # Fields of requests; those of OpenAI's route first by its own words, then by these.
 FIELDS: dict[str, str] = {
     "prompt": "what to draw",
@@ -86,24 +107,61 @@ FIELDS: dict[str, str] = {
     "output_format": "`png`, `jpeg` or `webp`; `jpeg` by default",
     "output_quality": "1 to 100, for `jpeg` and `webp`; 85 by default",
     "previews": "whether `/events` carries previews; `false` by default",
-    "deadline_ms": "1 to 3600000: the request ends as `expired` after that; none by default",
+    "deadline_ms": "1 to 3600000, see [deadlines](#deadlines); none by default",
     "metadata": "whether the file carries its parameters (PNG text, EXIF description); `true` by default",
+    "cache": "whether the result may be [shared](#shared-results), `true` by default; only with a `seed`",
 }
 
 OPENAI_FIELDS: dict[str, str] = {
     "n": "how many pictures, 1 by default; a stream has one",
     "size": "one of the model's `sizes`, or `auto`, its first, by default",
-    "quality": "accepted for clients that send it; changes nothing",
-    "background": "the models draw opaque pictures",
-    "output_format": "`png` by default",
-    "output_compression": "quality of `jpeg` and `webp`, 100 by default",
-    "moderation": "accepted for clients that send it; changes nothing",
+    "quality": "the number of steps: `low` half the model's default, `high` and `hd` twice, `xhigh` three times, `max` "
+    "the most it allows, others the default; `num_inference_steps` wins",
+    "background": "`auto` or `opaque`: the models draw opaque pictures",
+    "output_format": "`png`, the default, `jpeg` or `webp`",
+    "output_compression": "0 to 100, the default, for `jpeg` and `webp`",
+    "complexity": UNUSED,
+    "moderation": UNUSED,
     "stream": "whether the answer is a stream of events",
     "partial_images": "at most so many previews in a stream; none by default",
-    "response_format": "pictures come as `b64_json`",
-    "style": "accepted for clients that send it; changes nothing",
-    "user": "accepted for clients that send it; changes nothing",
-    "safety_identifier": "sent back",
+    "response_format": "`b64_json`, or `url`: a signed link that needs no key",
+    "style": UNUSED,
+    "user": "the end user",
+    "safety_identifier": "the end user, sent back",
+}
+TOKEN_FIELDS: dict[str, str] = {
+    "origin": "of the page that the token is for, as in `https://example.org`",
+    "model": "the one model that it allows; the default one by default",
+    "ttl_s": "how long it lives, within `FEWSTEP_LIVE_TOKEN_MAX_TTL_S`; 300 by default",
+    "max_messages_per_s": "fewer than `FEWSTEP_LIVE_MAX_MESSAGES_PER_S`",
+    "max_images_per_minute": "fewer than the key's",
+    "user": "whom it is for: tokens of one user share its rate",
+}
+BODIES = {
+    "GenerationRequest": FIELDS,
+    "OpenAIImageRequest": FIELDS | OPENAI_FIELDS,
+    "LiveTokenRequest": TOKEN_FIELDS,
+}
+NOT_OFFERED = frozenset({"frame_count", "frame_duration_ms", "svg"})
+# What can't stand together in a request of OpenAI's.
+CONTRADICTIONS: list[Json] = [
+    {"required": ["stream", "n"], "properties": {"stream": {"const": True}, "n": {"type": "integer", "minimum": 2}}},
+    {
+        "required": ["stream", "response_format"],
+        "properties": {"stream": {"const": True}, "response_format": {"const": "url"}},
+    },
+    {
+        "required": ["output_compression"],
+        "properties": {
+            "output_compression": {"type": "integer", "maximum": 99},
+            "output_format": {"enum": ["png", None]},
+        },
+    },
+]
+API_KEY: Json = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "An API key. Where the service has none, or lets everyone in, the header may be left out.",
 }
 
 APPLE = "a red apple on a blue background"

@@ -8,6 +8,14 @@ from broker.messages import Lane
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """The part of its key's rate that a live token may use; tokens with one `name` use it together."""
+
+    name: str
+    max_images_per_minute: int
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """One API key, or everybody who comes without one where that is allowed.
 
@@ -21,6 +29,7 @@ class Caller:
     lanes: frozenset[Lane] = frozenset({"live", "api"})
     max_requests_per_minute: int | None = None
     max_images_per_minute: int | None = None
+    share: Share | None = None
 
 
 ANONYMOUS = Caller("anonymous")

@@ -12,6 +12,10 @@ GatewayError
 │   ├── GenerationCancelled
 │   ├── GenerationSuperseded
 │   └── GenerationExpired
+├── Unauthorized             the API key is missing, wrong or revoked
+├── Forbidden                the key may not use this model or lane
+├── RateExceeded             more than the key's requests or images per minute
+├── InvalidToken             a signed token that is forged, made for something else, or expired
 ├── WrongHost                a Host header that doesn't name this server
 └── ClientGone               nobody is left to read the answer
 
@@ -27,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
+from broker.errors import BrokerError, BrokerUnavailable, IdempotencyConflict, RequestNotFound
 from broker.messages import Cancelled, Expired, Failed, JobError, Superseded
 from models.catalog import UnknownModelError
 
@@ -88,6 +92,22 @@ class GenerationExpired(GenerationFailed):
     """Its deadline passed before it could be drawn."""
 
 
+class Unauthorized(GatewayError):
+    """The API key is missing, wrong or revoked."""
+
+
+class Forbidden(GatewayError):
+    """The key may not use this model or lane."""
+
+
+class RateExceeded(GatewayError):
+    """More than the key's requests or images per minute: come back after `retry_after_ms`."""
+
+
+class InvalidToken(GatewayError):
+    """A signed token that is forged, made for something else, or expired."""
+
+
 class WrongHost(GatewayError):
     """A Host header that doesn't name this server: a page elsewhere may be rebinding DNS."""
 
@@ -134,12 +154,18 @@ TABLE: dict[type[Exception], Row] = {
     WrongHost: Row(
         400, _REQUEST, "wrong_host", meaning="the `Host` header names another server (`FEWSTEP_ALLOWED_HOSTS`)"
     ),
+    Unauthorized: Row(401, _REQUEST, "invalid_api_key"),
+    InvalidToken: Row(401, _REQUEST, "invalid_token", more_codes=("token_expired",)),
+    Forbidden: Row(403, _REQUEST, "not_allowed", more_codes=("model_not_allowed", "lane_not_allowed")),
     UnknownModelError: Row(404, _REQUEST, "model_not_found", meaning="the catalog has no such model"),
     RequestNotFound: Row(404, _REQUEST, "generation_not_found", meaning="no such generation, or it is no longer kept"),
     ImageNotReady: Row(404, _REQUEST, "image_not_ready", says_when=True),
     NotAcceptable: Row(406, _REQUEST, "not_acceptable", meaning="none of the types in `Accept` can be made"),
     GenerationCancelled: Row(409, _REQUEST, "cancelled", should_retry=False, meaning="the request was cancelled"),
     GenerationSuperseded: Row(409, _REQUEST, "superseded", should_retry=False),
+    IdempotencyConflict: Row(
+        409, _REQUEST, "idempotency_key_reused", should_retry=False, meaning="the key belongs to another body"
+    ),
     ImageGone: Row(410, _REQUEST, "image_gone"),
     UnsupportedBody: Row(
         415, _REQUEST, "unsupported_media_type", meaning="the body is not declared as JSON, or it is compressed"
@@ -148,9 +174,16 @@ TABLE: dict[type[Exception], Row] = {
         429,
         "rate_limit_error",
         "queue_full",
-        more_codes=("result_store_full",),
+        more_codes=("result_store_full", "deadline_unreachable"),
         says_when=True,
         meaning="come back after `Retry-After` (seconds) or `retry-after-ms`",
+    ),
+    RateExceeded: Row(
+        429,
+        "rate_limit_error",
+        "rate_limit_exceeded",
+        says_when=True,
+        meaning="more than the key's requests or images per minute",
     ),
     ClientGone: Row(499, _REQUEST, "client_gone"),
     GenerationFailed: Row(
@@ -169,8 +202,7 @@ TABLE: dict[type[Exception], Row] = {
         _SERVER,
         "deadline_exceeded",
         should_retry=False,
-        more_codes=("timeout",),
-        meaning="the deadline or the wait passed first",
+        meaning="the deadline passed first, or OpenAI's route waited `FEWSTEP_SYNC_WAIT_S`",
     ),
 }
 RETRYABLE_FAILURE = Row(
@@ -208,6 +240,7 @@ _FIXED_TEXTS: dict[type[Exception], str] = {
     BrokerUnavailable: "the queue can't be reached right now, try again",
     BrokerError: "the queue refused this request",
 }
+_PARAMS: dict[type[Exception], str] = {UnknownModelError: "model", IdempotencyConflict: "Idempotency-Key"}
 _DEFAULT_RETRY_AFTER_MS = 1000
 
 
@@ -237,8 +270,8 @@ def render(error: Exception) -> ErrorAnswer:
     row = TABLE[kind]
     if not isinstance(error, GatewayError):
         retry_after_ms = _DEFAULT_RETRY_AFTER_MS if row.says_when else None
-        param = "model" if isinstance(error, UnknownModelError) else None
-        return answer(row, _FIXED_TEXTS.get(kind, str(error)), param=param, retry_after_ms=retry_after_ms)
+        text = _FIXED_TEXTS.get(kind, str(error))
+        return answer(row, text, param=_PARAMS.get(kind), retry_after_ms=retry_after_ms)
     if kind is GenerationFailed and error.retry_after_ms is not None:
         row = RETRYABLE_FAILURE
     return answer(row, str(error), param=error.param, code=error.code, retry_after_ms=error.retry_after_ms)
@@ -247,7 +280,7 @@ def render(error: Exception) -> ErrorAnswer:
 def answer(
     row: Row, message: str, *, param: str | None = None, code: str | None = None, retry_after_ms: int | None = None
 ) -> ErrorAnswer:
-    headers: dict[str, str] = {}
+    headers = {"WWW-Authenticate": "Bearer"} if row.status == 401 else {}
     if retry_after_ms is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_ms / 1000)))
         headers["retry-after-ms"] = str(retry_after_ms)

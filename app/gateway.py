@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from app.admission import Admission, Fleet
+from app.admission import Admission
+from app.callers import Caller
+from app.fleet import Fleet
+from app.keys import KeyRing
 from app.metrics import Metrics
 from app.replies import Replies
 from app.settings import GatewaySettings
+from app.signing import Signer
 from broker.redis_broker import RedisBroker
 from models.catalog import ModelSpec
 
@@ -31,4 +35,13 @@ class Gateway:
     fleet: Fleet
     admission: Admission
     metrics: Metrics
+    keys: KeyRing
+    signer: Signer
     live_sockets: set[LiveSocket] = field(default_factory=set)
+
+    def find_model(self, name: str | None, caller: Caller) -> ModelSpec:
+        """The caller's default where it names none. Raises UnknownModelError or Forbidden."""
+        return self.admission.find_model(name or self.default_model(caller), caller)
+
+    def default_model(self, caller: Caller) -> str:
+        return self.admission.default_model(caller, self.settings.default_model)

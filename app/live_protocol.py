@@ -15,14 +15,15 @@ from pydantic import Field, TypeAdapter, ValidationError
 from app import strict_json
 from app.errors import ErrorAnswer, GatewayError, InvalidRequest, invalid, invalid_from, render
 from app.middleware import host_name
-from app.schemas import LiveAck, LiveCancel, LiveGenerate
+from app.schemas import LiveAck, LiveAuth, LiveCancel, LiveGenerate
 from app.settings import is_loopback
 from broker.messages import Picture, Timings
 
 SUBPROTOCOL = "fewstep.live.v1"
+AUTH_PREFIX = "fewstep.auth."  # before a key or a token, offered beside SUBPROTOCOL and never selected
 HEADER_LENGTH = struct.Struct(">I")
 
-ClientMessage = LiveGenerate | LiveCancel | LiveAck
+ClientMessage = LiveGenerate | LiveCancel | LiveAck | LiveAuth
 FrameType = Literal["preview", "final"]
 
 _client_message: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])
@@ -30,6 +31,7 @@ _fields: dict[str, frozenset[str]] = {
     "generate": frozenset(LiveGenerate.model_fields),
     "cancel": frozenset(LiveCancel.model_fields),
     "ack": frozenset(LiveAck.model_fields),
+    "auth": frozenset(LiveAuth.model_fields),
 }
 
 
@@ -40,7 +42,7 @@ class CloseCode(IntEnum):
     TOO_BIG = 1009  # a message above the size limit told in `ready`
     GOING_AWAY = 1012  # the gateway restarts; the reason is JSON with `reconnect_in_ms`
     TRY_LATER = 1013  # as many live sockets are open as the gateway allows; the reason as above
-    AUTH = 4401  # the key is missing, wrong or has ended (sent once the gateway asks for keys)
+    AUTH = 4401  # the key or token is missing, wrong or has ended
     IDLE = 4408  # no message for the idle limit told in `ready`
     RATE = 4429  # messages came faster than the gateway reads
     SLOW = 4430  # the client didn't read for the send timeout
@@ -168,7 +170,7 @@ def _port(netloc: str) -> str:
     return port if separator and port.isdigit() else "80"
 
 
-def show_ready(session: str, seed: int, model: str, limits: Mapping[str, float]) -> dict[str, Any]:
+def show_ready(session: str, seed: int, model: str, limits: Mapping[str, float | None]) -> dict[str, Any]:
     return {
         "type": "ready",
         "seq": None,
@@ -179,3 +181,8 @@ def show_ready(session: str, seed: int, model: str, limits: Mapping[str, float])
         "model": model,
         **limits,
     }
+
+
+def show_authenticated(token_expires_in_s: float | None) -> dict[str, Any]:
+    """The answer to `auth` on a socket that is open already."""
+    return {"type": "authenticated", "seq": None, "request_id": None, "token_expires_in_s": token_expires_in_s}

@@ -13,12 +13,14 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from app.admission import Defaults, check_steps, choose_decoder, complete, draw_seed, find_warnings, new_request_id
-from app.callers import Caller
+from app.admission import new_request_id
+from app.callers import ANONYMOUS
 from app.errors import GatewayError, GenerationFailed, InvalidRequest, ending_error, invalid
 from app.gateway import Gateway
+from app.live_access import Access, Door
 from app.live_outbox import Outbox
 from app.live_protocol import (
+    ClientMessage,
     CloseCode,
     Frame,
     SessionEnd,
@@ -26,11 +28,13 @@ from app.live_protocol import (
     pack_frame,
     parse_message,
     reconnect_reason,
+    show_authenticated,
     show_error,
     show_ready,
 )
+from app.parameters import Defaults, check_steps, choose_decoder, complete, draw_seed, find_warnings
 from app.replies import Subscription
-from app.schemas import LiveAck, LiveCancel, LiveGenerate
+from app.schemas import LiveAck, LiveAuth, LiveCancel, LiveGenerate
 from app.tasks import raise_if_cancelled
 from broker.errors import BrokerError, BrokerUnavailable
 from broker.messages import (
@@ -70,12 +74,12 @@ class TokenBucket:
     """Allows `rate` a second on average, and bursts of two seconds' worth."""
 
     def __init__(self, rate: float) -> None:
-        self._rate, self._capacity = rate, max(1.0, rate * RATE_BURST_S)
+        self.rate, self._capacity = rate, max(1.0, rate * RATE_BURST_S)
         self._tokens, self._filled_at = self._capacity, time.monotonic()
 
     def take(self) -> bool:
         now = time.monotonic()
-        self._tokens = min(self._capacity, self._tokens + (now - self._filled_at) * self._rate)
+        self._tokens = min(self._capacity, self._tokens + (now - self._filled_at) * self.rate)
         self._filled_at = now
         if self._tokens < 1:
             return False
@@ -90,9 +94,10 @@ class LiveSession:
     turn is not submitted at all. The queue keeps at most one of them running and one waiting.
     """
 
-    def __init__(self, websocket: WebSocket, gateway: Gateway, session: str, caller: Caller) -> None:
+    def __init__(self, websocket: WebSocket, gateway: Gateway, session: str, door: Door) -> None:
         self._websocket, self._gateway = websocket, gateway
-        self._session, self._caller = session, caller
+        self._session, self._door = session, door
+        self._access = Access(ANONYMOUS)  # until `_be_let_in`, before which nothing is drawn
         self._seed = draw_seed(MAX_SEED_SPREAD)
         self._outbox = Outbox(gateway.settings.live_max_unacked)
         self._rate = TokenBucket(gateway.settings.live_max_messages_per_s)
@@ -101,17 +106,16 @@ class LiveSession:
         self._something_to_send, self._closed = asyncio.Event(), asyncio.Event()
         self._submitting = asyncio.Lock()
         self._refine_timer: asyncio.Task[None] | None = None
+        self._access_watch: asyncio.Task[None] | None = None
         self._newest_seq, self._generated_at, self._num_under_way = -1, 0.0, 0
 
     async def run(self) -> None:
         self._gateway.live_sockets.add(self)
         self._gateway.metrics.live_connections.inc()
-        self._say_ready()
         try:
             async with self._tasks:
-                self._tasks.create_task(self._receive_forever())
-                self._tasks.create_task(self._send_forever())
                 self._tasks.create_task(self._raise_ending())
+                self._tasks.create_task(self._serve())
         except* SessionEnd as group:
             await self._close(group)
         finally:
@@ -126,6 +130,53 @@ class LiveSession:
         if not self._ending.done():
             self._ending.set_result(SessionEnd(CloseCode.GOING_AWAY, reason))
         await self._closed.wait()
+
+    # Who it is
+
+    async def _serve(self) -> None:
+        self._use(await self._be_let_in())
+        self._say_ready()
+        self._tasks.create_task(self._receive_forever())
+        self._tasks.create_task(self._send_forever())
+
+    async def _be_let_in(self) -> Access:
+        if (access := self._door.open()) is not None:
+            return access
+        limit_s = self._gateway.settings.live_auth_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                message = parse_message(await self._receive_text())
+        except TimeoutError:
+            raise self._door.nobody(f"no auth message came within {limit_s:g} s") from None
+        except InvalidRequest as error:
+            raise self._door.nobody(f"the first message must be auth; {error}") from None
+        if not isinstance(message, LiveAuth):
+            raise self._door.nobody(f"the first message must be auth, not {message.type}")
+        return self._door.admit(message.token)
+
+    def _change_access(self, access: Access) -> None:
+        """In-band, before a token ends. Another key would find the work of the first in its hands."""
+        if access.caller.owner != self._access.caller.owner and self._newest_seq >= 0:
+            raise self._door.nobody("a socket that has drawn stays with its key: open another one")
+        self._use(access)
+        self._put_message(show_authenticated(access.seconds_left))
+
+    def _use(self, access: Access) -> None:
+        most_per_s = self._gateway.settings.live_max_messages_per_s
+        if access.limit_messages(most_per_s) != self._rate.rate:  # a new bucket is a full one
+            self._rate = TokenBucket(access.limit_messages(most_per_s))
+        self._access = access
+        if self._access_watch is not None:
+            self._access_watch.cancel()
+        self._access_watch = self._tasks.create_task(self._watch_access())
+
+    async def _watch_access(self) -> None:
+        """Ends the session when its token ends or its key is revoked. A key that has changed counts from now on."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._access.seconds_left):
+                    await self._gateway.keys.changed()
+            self._access = self._door.confirm(self._access)
 
     # In
 
@@ -144,8 +195,7 @@ class LiveSession:
             if message["type"] == "websocket.disconnect":
                 raise SessionEnd(None)
             if not self._rate.take():
-                limit = self._gateway.settings.live_max_messages_per_s
-                raise SessionEnd(CloseCode.RATE, f"more than {limit:g} messages a second")
+                raise SessionEnd(CloseCode.RATE, f"more than {self._rate.rate:g} messages a second")
             if text := message.get("text"):
                 self._check_length(text)
                 return str(text)
@@ -165,7 +215,7 @@ class LiveSession:
         if len(text) > limit or len(text.encode("utf-8", "surrogatepass")) > limit:
             raise SessionEnd(CloseCode.TOO_BIG, f"messages have at most {limit} bytes")
 
-    async def _handle(self, message: LiveGenerate | LiveCancel | LiveAck) -> None:
+    async def _handle(self, message: ClientMessage) -> None:
         match message:
             case LiveGenerate():
                 self._generate(message)
@@ -173,6 +223,8 @@ class LiveSession:
                 await self._cancel()
             case LiveAck(frame=number):
                 self._acknowledge(number)
+            case LiveAuth(token=token):
+                self._change_access(self._door.admit(token))
 
     def _generate(self, message: LiveGenerate) -> None:
         if message.seq <= self._newest_seq:
@@ -183,7 +235,7 @@ class LiveSession:
         self._tasks.create_task(self._draw(drawing))
 
     def _plan(self, message: LiveGenerate) -> Drawing:
-        spec = self._gateway.admission.find_model(message.model or self._gateway.settings.default_model, self._caller)
+        spec = self._gateway.find_model(message.model, self._access.caller)
         quick: Decoder = "tiny" if message.refine else "full"
         defaults = Defaults(output_format="jpeg", previews=True, decoder=quick, seed=self._seed)
         params = complete(message, spec, defaults)
@@ -199,7 +251,7 @@ class LiveSession:
             model=spec.name,
             params=params,
             lane="live",
-            owner=self._caller.owner,
+            owner=self._access.caller.owner,
             gateway_id=self._gateway.replies.gateway_id,
             keep_s=0,
             session=self._session,
@@ -241,9 +293,8 @@ class LiveSession:
             if drawing.seq < self._newest_seq:
                 self._say("superseded", drawing, by=None)
                 return False
-            submitted = await self._gateway.admission.submit(drawing.job, self._caller)
-            start_ms = await self._gateway.admission.predict_start_ms(drawing.job.model, submitted.position)
-        self._say("queued", drawing, position=submitted.position, predicted_start_ms=start_ms)
+            submitted = await self._gateway.admission.submit(drawing.job, self._access.caller)
+        self._say("queued", drawing, position=submitted.position, predicted_start_ms=submitted.start_ms)
         return True
 
     async def _show(self, drawing: Drawing, subscription: Subscription) -> None:
@@ -291,8 +342,10 @@ class LiveSession:
             "max_unacked": settings.live_max_unacked,
             "max_message_bytes": settings.live_max_message_bytes,
             "idle_s": settings.live_idle_s,
+            "token_expires_in_s": self._access.seconds_left,
         }
-        self._put_message(show_ready(self._session, self._seed, settings.default_model, limits))
+        model = self._gateway.default_model(self._access.caller)
+        self._put_message(show_ready(self._session, self._seed, model, limits))
 
     def _say(self, type: str, drawing: Drawing, **more: object) -> None:
         ids = {"seq": drawing.seq, "request_id": drawing.job.request_id, "refined": drawing.is_refined}

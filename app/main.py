@@ -8,34 +8,41 @@ import logging
 import random
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import uvicorn
 from fastapi import FastAPI
 
-from app.admission import Admission, Fleet, new_request_id
+from app.admission import Admission, new_request_id
 from app.errors import ErrorAnswer
+from app.fleet import Fleet
 from app.gateway import Gateway
 from app.handlers import install_error_handlers
 from app.http_protocol import make_protocol
+from app.keys import KeyRing
 from app.metrics import Metrics
 from app.middleware import BodyDeadline, Guard, RequestContext, allowed_hosts
 from app.openapi import describe
+from app.rates import Rates
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
+from app.signing import Signer
 from app.tasks import running
 from broker.errors import BrokerUnavailable
-from broker.redis_broker import Limits, RedisBroker
+from broker.redis_broker import RedisBroker
 from broker.settings import SettingsError
+from broker.terms import Limits
 from models.catalog import ModelSpec, UnknownModelError, get_spec, load_catalog
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 3.0
 REMIND_INTERVAL_S = 10.0
 LIVE_GOODBYE_S = 1.0
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +55,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     check_exposure(settings)
     catalog = load_catalog(settings.catalog)
     check_default_model(settings, catalog)
-    metrics = Metrics()
+    keys, metrics = KeyRing(settings), Metrics()
     app = FastAPI(
         title="fewstep",
         summary="Real-time text-to-image",
-        lifespan=partial(lifespan, settings=settings, catalog=catalog, metrics=metrics),
+        lifespan=partial(lifespan, settings=settings, catalog=catalog, keys=keys, metrics=metrics),
         docs_url=None,  # Swagger's page is fetched from elsewhere
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
@@ -62,7 +69,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     for routes in (generations, openai_images, live, models, health, page):
         app.include_router(routes.router, max_body_size=settings.max_body_bytes)
     app.mount("/static", page.PageFiles(), name="static")
-    app.openapi = cache(partial(describe, app, catalog))  # type: ignore[method-assign]
+    app.openapi = cache(partial(describe, app, catalog, needs_key=keys.is_used and not settings.allow_anonymous))  # type: ignore[method-assign]
     return app
 
 
@@ -87,20 +94,28 @@ def add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) ->
 
 @asynccontextmanager
 async def lifespan(
-    app: FastAPI, *, settings: GatewaySettings, catalog: dict[str, ModelSpec], metrics: Metrics
+    app: FastAPI, *, settings: GatewaySettings, catalog: dict[str, ModelSpec], keys: KeyRing, metrics: Metrics
 ) -> AsyncIterator[dict[str, Any]]:
     """Connected, reading replies, alive; then everything in reverse."""
     del app
-    async with connect(settings) as broker:
-        gateway = build_gateway(settings, catalog, broker, metrics)
-        async with running(gateway.replies.read_forever(), gateway.replies.keep_alive_forever()):
+    async with connect(settings) as broker, Rates(settings) as rates:
+        signer = await make_signer(settings, broker)
+        gateway = build_gateway(settings, catalog, broker, metrics, keys, signer, rates)
+        replies = gateway.replies
+        async with running(replies.read_forever(), replies.keep_alive_forever(), keys.watch_forever()):
             yield {"gateway": gateway}
         with contextlib.suppress(BrokerUnavailable):
             await broker.drop_gateway(gateway.replies.gateway_id)
 
 
 def build_gateway(
-    settings: GatewaySettings, catalog: dict[str, ModelSpec], broker: RedisBroker, metrics: Metrics
+    settings: GatewaySettings,
+    catalog: dict[str, ModelSpec],
+    broker: RedisBroker,
+    metrics: Metrics,
+    keys: KeyRing,
+    signer: Signer,
+    rates: Rates,
 ) -> Gateway:
     limits = Limits(max_depth=settings.max_depth, max_result_bytes=settings.max_result_bytes)
     fleet = Fleet(broker)
@@ -110,25 +125,37 @@ def build_gateway(
         broker=broker,
         replies=Replies(broker, f"gateway-{new_request_id()}", metrics.observe),
         fleet=fleet,
-        admission=Admission(broker, fleet, catalog, limits, metrics),
+        admission=Admission(broker, fleet, catalog, limits, metrics, rates),
         metrics=metrics,
+        keys=keys,
+        signer=signer,
     )
+
+
+async def make_signer(settings: GatewaySettings, broker: RedisBroker) -> Signer:
+    """With the secret of the settings, or the one that all gateways share through Redis."""
+    if settings.secret is not None:
+        return Signer(settings.secret.get_secret_value())
+    return Signer(await patiently(broker.shared_secret))
 
 
 @asynccontextmanager
 async def connect(settings: GatewaySettings) -> AsyncIterator[RedisBroker]:
     """Waits for Redis for as long as it takes, saying so. Raises RedisTooOld."""
     async with contextlib.AsyncExitStack() as stack:
-        broker = await wait_for_redis(settings, stack)
-        yield broker
+        yield await patiently(lambda: stack.enter_async_context(make_broker(settings)))
 
 
-async def wait_for_redis(settings: GatewaySettings, stack: contextlib.AsyncExitStack) -> RedisBroker:
+def make_broker(settings: GatewaySettings) -> RedisBroker:
+    return RedisBroker(settings.redis_url, prefix=settings.redis_prefix)
+
+
+async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """Asks Redis until it answers, saying what it waits for."""
     pause_s, said_at = FIRST_PAUSE_S, float("-inf")
     while True:
         try:
-            broker = RedisBroker(settings.redis_url, prefix=settings.redis_prefix)
-            return await stack.enter_async_context(broker)
+            return await ask()
         except BrokerUnavailable as error:
             if time.monotonic() - said_at > REMIND_INTERVAL_S:
                 log.warning("waiting for Redis (FEWSTEP_REDIS_URL): %s", error)

@@ -46,6 +46,9 @@ class Metrics:
         )
         self.stage = self._histogram("fewstep_stage_seconds", "Each stage of a completed request.", "model", "stage")
         self.generation = self._histogram("fewstep_generation_seconds", "From submit to the pictures.", "model")
+        self.admitted = self._counter(
+            "fewstep_admitted", "Requests that got in; origin tells the drawn ones from shared ones.", "model", "origin"
+        )
         self.outcomes = self._counter("fewstep_outcomes", "How requests ended.", "model", "outcome")
         self.superseded = self._counter("fewstep_superseded", "Live requests overtaken by a newer prompt.", "model")
         self.queued = self._gauge("fewstep_queue_depth", "Requests that wait for a worker.", "model")

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.admission import new_request_id
 from app.errors import ErrorAnswer, UnsupportedBody, WrongHost, http_error, render, shorten
 from app.metrics import Metrics
+from app.rates import noted_usages, rate_headers
 from app.settings import LOOPBACK_NAMES
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,14 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                add_headers(MutableHeaders(scope=message), request_id)
+                headers = MutableHeaders(scope=message)
+                add_headers(headers, request_id)
+                headers.update(rate_headers(usages))
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_headers)
+            with noted_usages() as usages:
+                await self.app(scope, receive, send_with_headers)
         except* anyio.BrokenResourceError:
             log.debug("request %s: the client left in the middle of an event", request_id)
         finally:

@@ -7,6 +7,7 @@ the tables anew.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import defaultdict
@@ -24,11 +25,13 @@ from pydantic.json_schema import models_json_schema
 
 from app.api_words import (
     ACCEPT,
+    API_KEY,
+    BODIES,
+    CONTRADICTIONS,
     DESCRIPTION,
     EXAMPLES,
-    FIELDS,
     HEADERS,
-    OPENAI_FIELDS,
+    NOT_OFFERED,
     PARAMETERS,
     TAGS,
     TEXT,
@@ -41,12 +44,15 @@ from app.errors import (
     UNKNOWN,
     ClientGone,
     InvalidRequest,
+    RateExceeded,
     Row,
+    Unauthorized,
     UnsupportedBody,
     WrongHost,
     explained,
     noted_rows,
 )
+from app.negotiation import FORMATS
 from app.schemas import CompletedImage, ErrorBody, Generation, PartialImage, PreviewData, StreamError
 from models.catalog import ModelSpec
 
@@ -61,6 +67,8 @@ RESULT_HEADERS = (
     "X-Fewstep-Model-Revision",
     "X-Fewstep-Generation",
 )
+SHARING_HEADERS = ("Cache-Status", "Idempotent-Replayed")
+RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset", "RateLimit-Policy", "RateLimit")
 MODEL_HEADERS = ("Deprecation", "Sunset")
 
 
@@ -114,8 +122,8 @@ IMAGE_EVENTS: dict[str, type[BaseModel]] = {
 # The document
 
 
-def describe(app: FastAPI, catalog: Mapping[str, ModelSpec]) -> Json:
-    """The OpenAPI 3.1 document of an app that serves `catalog`."""
+def describe(app: FastAPI, catalog: Mapping[str, ModelSpec], *, needs_key: bool) -> Json:
+    """The OpenAPI 3.1 document of an app that serves `catalog`, to those with an API key or to everybody."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -126,8 +134,11 @@ def describe(app: FastAPI, catalog: Mapping[str, ModelSpec]) -> Json:
         tags=[{"name": name, "description": text} for name, text in TAGS.items()],
     )
     _add_schemas(document["components"]["schemas"])
+    document["components"]["securitySchemes"] = {"key": API_KEY}
     for route, operation in operations(app, document):
         _complete(operation, route)
+        if TABLE[Unauthorized].code in json.dumps(operation["responses"].get("401")):
+            operation["security"] = [{"key": []}] if needs_key else [{}, {"key": []}]
     _complete_bodies(document["components"]["schemas"], catalog)
     return document
 
@@ -152,12 +163,11 @@ def _add_schemas(schemas: Json) -> None:
 
 def _complete_bodies(schemas: Json, catalog: Mapping[str, ModelSpec]) -> None:
     """Meanings and limits of the requests' fields, and what can't stand together."""
-    for name, fields in (("GenerationRequest", FIELDS), ("OpenAIImageRequest", FIELDS | OPENAI_FIELDS)):
+    for name, fields in BODIES.items():
         for field, schema in schemas[name]["properties"].items():
             schema.setdefault("description", fields.get(field, ""))
         narrow(schemas[name], catalog)
-    many = {"stream": {"const": True}, "n": {"type": "integer", "minimum": 2}}
-    schemas["OpenAIImageRequest"]["not"] = {"required": ["stream", "n"], "properties": many}
+    schemas["OpenAIImageRequest"]["allOf"] = [{"not": contradiction} for contradiction in CONTRADICTIONS]
 
 
 def _complete(operation: Json, route: RouteContext) -> None:
@@ -171,10 +181,12 @@ def _complete(operation: Json, route: RouteContext) -> None:
         operation["requestBody"]["content"]["application/json"]["examples"] = EXAMPLES[operation["operationId"]]
     responses = operation["responses"]
     is_checked = responses.pop("422", None) is not None
-    for status, rows in _by_status(_find_rows(route, operation, is_checked)).items():
-        _add_errors(responses.setdefault(str(status), {}), status, rows)
+    rows = _find_rows(route, operation, is_checked)
+    for status, group in _by_status(rows).items():
+        _add_errors(responses.setdefault(str(status), {}), status, group)
+    rates = RATE_HEADERS if explained(RateExceeded) in rows else ()
     for response in responses.values():
-        response.setdefault("headers", {}).update(show_headers("X-Request-Id"))
+        response.setdefault("headers", {}).update(show_headers("X-Request-Id", sometimes=rates))
         for content in response.get("content", {}).values():
             content.pop("itemSchema", None)
     operation["responses"] = dict(sorted(responses.items()))
@@ -235,7 +247,8 @@ def list_codes(row: Row) -> str:
 def _error_headers(rows: list[Row]) -> Json:
     waits = ("Retry-After", "retry-after-ms") if any(row.says_when for row in rows) else ()
     retries = ("x-should-retry",) if any(row.should_retry is not None for row in rows) else ()
-    return show_headers(sometimes=(*waits, *retries))
+    realms = ("WWW-Authenticate",) if rows[0].status == 401 else ()
+    return show_headers(*realms, sometimes=(*waits, *retries))
 
 
 # The limits of this gateway's models
@@ -263,11 +276,13 @@ def narrow(schema: Json, catalog: Mapping[str, ModelSpec]) -> None:
         "decoder": {"enum": ["full", "auto", *(["tiny"] if any(spec.tiny_vae for spec in specs) else [])]},
         "loras": {"maxItems": 0},
         "background": {"enum": ["auto", "opaque"]},
-        "response_format": {"enum": ["b64_json"]},
+        "output_format": {"enum": list(FORMATS)},
     }
     for name, limit in limits.items():
         if name in schema["properties"]:
             _first_choice(schema["properties"][name]).update(limit)
+    for name in NOT_OFFERED & schema["properties"].keys():
+        schema["properties"][name] = {"type": "null", "description": "belongs to formats that are not offered"}
 
 
 def _first_choice(schema: Json) -> Json:
@@ -337,7 +352,7 @@ def main(paths: list[str]) -> None:
     from app.main import create_app
     from app.settings import GatewaySettings
 
-    tables = make_tables(create_app(GatewaySettings()).openapi())
+    tables = make_tables(create_app(GatewaySettings(allow_anonymous=True)).openapi())
     for path in map(Path, paths):
         path.write_text(fill_in(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
 

@@ -30,6 +30,7 @@ from broker.messages import (
     Timings,
 )
 from broker.redis_broker import RequestStatus
+from broker.terms import Origin
 from models.catalog import ModelSpec
 
 STAGES = ("queue", "text", "denoise", "decode", "encode", "total")
@@ -48,7 +49,8 @@ class Progress:
 
 
 def progress_of(status: RequestStatus) -> Progress:
-    return Progress(status.job, status.state, status.created_at, status.position, ending=find_ending(status.log))
+    ending = find_ending(status.log)
+    return Progress(status.job, status.state, status.created_at, status.position, status.start_ms, ending)
 
 
 def find_ending(log: Iterable[LoggedEvent]) -> TerminalEvent | None:
@@ -97,7 +99,7 @@ def _show_image(request_id: str, picture: Picture, with_bytes: bool) -> Generate
         format=picture.format,
         width=picture.width,
         height=picture.height,
-        url=f"{generation_path(request_id)}/images/{picture.index}",
+        url=image_path(request_id, picture.index),
         b64_json=to_base64(picture.data) if with_bytes and picture.data else None,
     )
 
@@ -131,10 +133,15 @@ def generation_path(request_id: str) -> str:
     return f"/v1/generations/{request_id}"
 
 
-def result_headers(job: Job, completed: Completed) -> dict[str, str]:
-    """What a picture can't say of itself."""
+def image_path(request_id: str, index: int) -> str:
+    return f"{generation_path(request_id)}/images/{index}"
+
+
+def result_headers(job: Job, completed: Completed, origin: Origin = "new") -> dict[str, str]:
+    """What a picture can't say of itself. One that was drawn before took no time now."""
+    was_drawn_now = origin in ("new", "joined")
     return {
-        "Server-Timing": server_timing(completed.timings),
+        "Server-Timing": server_timing(completed.timings) if was_drawn_now else f'cache;desc="{origin}"',
         "X-Fewstep-Seed": str(job.params.seed),
         "X-Fewstep-Model": job.model,
         "X-Fewstep-Model-Revision": completed.model_revision,

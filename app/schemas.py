@@ -5,7 +5,7 @@ A field's own limits stand here; what a model allows is checked by `app.admissio
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -61,7 +61,9 @@ class GenerationFields(_Request):
 
 
 class GenerationRequest(GenerationFields):
-    """Body of `POST /v1/generations`."""
+    """Body of `POST /v1/generations`. `cache` says whether the answer to a request with a seed may be shared."""
+
+    cache: bool | None = None
 
 
 class Refine(_Request):
@@ -87,10 +89,27 @@ class LiveAck(_Request):
     frame: Annotated[int, Field(ge=1, le=MAX_SEED)]
 
 
+class LiveAuth(_Request):
+    type: Literal["auth"]
+    token: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class LiveTokenRequest(_Request):
+    """Body of `POST /v1/live/tokens`. `user` names whom the token is for: tokens of one user share its rate."""
+
+    origin: Annotated[str, Field(min_length=1, max_length=300)]
+    model: Name | None = None
+    ttl_s: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_messages_per_s: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = None
+    max_images_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+
+
 class OpenAIImageRequest(_Request):
     """Body of `POST /v1/images/generations`: OpenAI's fields, and ours by the SDK's `extra_body`.
 
-    `quality`, `moderation`, `style` and `user` change nothing here and are accepted for clients that send them.
+    `complexity`, `moderation` and `style` change nothing here and are accepted for clients that send them. What belongs
+    to formats that aren't offered (GIF, SVG) is known, so that its refusal can say so.
     """
 
     prompt: Text
@@ -99,8 +118,12 @@ class OpenAIImageRequest(_Request):
     size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = None
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
     background: Literal["auto", "opaque", "transparent"] | None = None
-    output_format: ImageFormat | None = None
+    output_format: Literal["png", "jpeg", "webp", "gif", "svg"] | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    complexity: Literal["low", "medium", "high"] | None = None
+    frame_count: int | None = None
+    frame_duration_ms: int | None = None
+    svg: dict[str, Any] | None = None
     moderation: Literal["low", "auto"] | None = None
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
@@ -114,7 +137,10 @@ class OpenAIImageRequest(_Request):
     guidance_scale: Guidance | None = None
     seed: Seed | None = None
     scheduler: Name | None = None
+    loras: Annotated[list[LoraChoice], Field(max_length=8)] | None = None
     decoder: DecoderChoice | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None
+    cache: bool | None = None
     metadata: bool | None = None
 
 
@@ -173,6 +199,17 @@ class Generation(BaseModel):
     timings: GenerationTimings | None
     warnings: list[str]
     error: Annotated[ErrorDetail | None, Field(exclude_if=_is_none)] = None
+
+
+class LiveTokenAnswer(BaseModel):
+    """A live token. `expires_at` is in seconds since the epoch; a page's socket asks for `subprotocols` as they are."""
+
+    token: str
+    expires_at: float
+    expires_in_s: int
+    model: str
+    origin: str
+    subprotocols: list[str]
 
 
 class PreviewData(BaseModel):

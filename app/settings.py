@@ -6,7 +6,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode
 
 from broker.settings import SettingsError, SharedSettings
@@ -20,8 +20,9 @@ Names = Annotated[tuple[str, ...], NoDecode]
 class GatewaySettings(SharedSettings):
     """Sizes are bytes, times end in `_s` or `_ms`.
 
-    `allowed_origins` are further origins ("https://example.org") that may open a live socket, `allowed_hosts` further
-    names that the Host header may carry; both may be comma-separated.
+    `allowed_origins` are further origins ("https://example.org") that may open a live socket, `cors_origins` those
+    whose pages may call the API, `allowed_hosts` further names that the Host header may carry, `trusted_proxies`
+    addresses whose X-Forwarded-For and -Proto count; all may be comma-separated.
     """
 
     host: str = "127.0.0.1"
@@ -41,6 +42,8 @@ class GatewaySettings(SharedSettings):
     sync_wait_s: float = Field(default=60, gt=0, le=3600)
     keep_sync_s: float = Field(default=60, ge=0)
     keep_async_s: float = Field(default=600, gt=0)
+    cache_s: float = Field(default=600, ge=0)
+    public_url: str | None = Field(default=None, pattern=r"^https?://[^/?#]+(/[^?#]*)?$")
     shutdown_s: int = Field(default=5, ge=0)
 
     max_live_connections: int = Field(default=200, ge=1)
@@ -52,11 +55,29 @@ class GatewaySettings(SharedSettings):
     live_ping_s: float = Field(default=20, gt=0)
     live_reconnect_in_ms: int = Field(default=1000, ge=0)
 
+    api_keys_file: Path | None = None
+    api_keys: str | None = None
     allow_anonymous: bool = False
-    allowed_origins: Names = ()
-    allowed_hosts: Names = ()
+    secret: Annotated[SecretStr, Field(min_length=32)] | None = None
+    live_auth_timeout_s: float = Field(default=5, gt=0)
+    live_token_max_ttl_s: int = Field(default=3600, ge=1)
 
-    @field_validator("allowed_origins", "allowed_hosts", mode="before")
+    allowed_origins: Names = ()
+    cors_origins: Names = ()
+    allowed_hosts: Names = ()
+    trusted_proxies: Names = ()
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether anything asks callers who they are."""
+        return bool(self.api_keys or self.api_keys_file)
+
+    @field_validator("api_keys_file", "api_keys", "secret", mode="before")
+    @classmethod
+    def _nothing_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("allowed_origins", "cors_origins", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -75,11 +96,19 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def open_loopback(settings: GatewaySettings) -> GatewaySettings:
+    """Lets everyone in where only this machine can come, no keys are set and nobody has said otherwise."""
+    is_decided = settings.has_keys or "allow_anonymous" in settings.model_fields_set
+    if is_decided or not is_loopback(settings.host):
+        return settings
+    return settings.model_copy(update={"allow_anonymous": True})
+
+
 def check_exposure(settings: GatewaySettings) -> None:
-    """Refuses a host that others can reach while nothing asks who they are."""
-    if is_loopback(settings.host) or settings.allow_anonymous:
+    """Refuses to serve without a word on who may come in."""
+    if settings.has_keys or settings.allow_anonymous:
         return
     raise SettingsError(
-        f"FEWSTEP_HOST={settings.host!r} is open to the network and no API keys are set: "
-        "bind to 127.0.0.1, or set FEWSTEP_ALLOW_ANONYMOUS=1 to let everyone in"
+        f"no API keys are set: make one with fewstep keys create and name its file in FEWSTEP_API_KEYS_FILE, "
+        f"or set FEWSTEP_ALLOW_ANONYMOUS=1 to let everyone in who can reach FEWSTEP_HOST={settings.host!r}"
     )

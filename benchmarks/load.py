@@ -27,7 +27,7 @@ import uvloop
 
 from benchmarks.prompts import endless_prompts
 
-REFUSED = "refused"
+REFUSED, LATE = "refused", "late"
 PATIENCE_S = 180  # beside the time asked for: no server here takes so long for what it has accepted
 MAX_IDLE_S = 2.0  # servers close connections that are idle for 5 s
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
@@ -35,7 +35,7 @@ CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One answer; times are `time.perf_counter`'s. `error` is None for a picture and REFUSED for a full queue."""
+    """One answer; times are `time.perf_counter`'s. `error` is None for a picture, REFUSED for a 429, LATE for a 504."""
 
     due_s: float
     answered_s: float
@@ -57,14 +57,16 @@ class Window:
 class Result:
     """What one load saw.
 
-    `latencies_ms` and `num_refused` are of the requests that count: in a closed loop those answered within the window,
-    in an open loop those that fell due in it. `num_delivered` is how many pictures arrived within it. `num_drawn`,
-    `cpu_s` (of the clients) and `errors` are of the whole load, with what came before the window and after.
+    `latencies_ms`, `num_refused` and `num_late` (past their deadline) are of the requests that count: in a closed loop
+    those answered within the window, in an open loop those that fell due in it. `num_delivered` is how many pictures
+    arrived within it. `num_drawn`, `cpu_s` (of the clients) and `errors` are of the whole load, with what came before
+    the window and after.
     """
 
     seconds: float
     latencies_ms: list[float]
     num_refused: int
+    num_late: int
     num_delivered: int
     num_drawn: int
     cpu_s: float
@@ -73,7 +75,7 @@ class Result:
 
 def main() -> None:
     options = parse_options()
-    requests = endless_requests(options.port, json.loads(options.body), options.seed)
+    requests = endless_requests(options.port, json.loads(options.body), options.seed, options.key)
     next(requests)  # shuffles all prompts, which is not the clients' work
     clients = Clients(options.port, requests)
     started_s = time.process_time()
@@ -92,6 +94,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds before them")
     parser.add_argument("--body", required=True, help="JSON of the fields that are the same in every request")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--key", help="an API key")
     return parser.parse_args()
 
 
@@ -184,9 +187,10 @@ class Connection:
         self._writer.close()
 
 
-def endless_requests(port: int, body: dict[str, object], seed: int) -> Iterator[bytes]:
+def endless_requests(port: int, body: dict[str, object], seed: int, key: str | None = None) -> Iterator[bytes]:
     """POST requests whose prompts differ from those of every other seed too, since they carry a number."""
     head = f"POST /v1/generations HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: Bearer {key}\r\n" if key else ""
     for number, prompt in enumerate(endless_prompts(seed), seed * 1_000_000):
         content = json.dumps(body | {"prompt": f"{prompt}, no. {number}", "seed": number}).encode()
         yield f"{head}Accept: image/png\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
@@ -202,18 +206,20 @@ def judge(status: int, data: bytes) -> str | None:
     """None for a picture, else what is wrong."""
     if data.startswith(b"\x89PNG"):
         return None
-    return REFUSED if status == 429 else f"{status} {data[:200]!r}"
+    return {429: REFUSED, 504: LATE}.get(status) or f"{status} {data[:200]!r}"
 
 
 def summarise(outcomes: Sequence[Outcome], window: Window, cpu_s: float, *, is_open: bool) -> Result:
     counted = [outcome for outcome in outcomes if (outcome.due_s if is_open else outcome.answered_s) in window]
     drawn = [outcome for outcome in outcomes if outcome.error is None]
     problems = Counter(outcome.error for outcome in outcomes if outcome.error is not None)
-    problems.pop(REFUSED, None)
+    for expected in (REFUSED, LATE):
+        problems.pop(expected, None)
     return Result(
         seconds=window.end_s - window.start_s,
         latencies_ms=[(o.answered_s - o.due_s) * 1000 for o in counted if o.error is None],
         num_refused=sum(outcome.error == REFUSED for outcome in counted),
+        num_late=sum(outcome.error == LATE for outcome in counted),
         num_delivered=sum(outcome.answered_s in window for outcome in drawn),
         num_drawn=len(drawn),
         cpu_s=cpu_s,

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import psutil
 
-from app.admission import Defaults, complete
+from app.parameters import Defaults, complete
 from app.schemas import GenerationFields
 from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.figures import BenchmarkError, format_table
@@ -43,7 +43,8 @@ from benchmarks.report import write_report
 from benchmarks.servers import READY_WITHIN_S, CpuMeter, signal_group
 from broker.embedded import EmbeddedRedis
 from broker.messages import Abort, Accepted, Completed, Delivery, Job, Preview, Started, WarmModel
-from broker.redis_broker import Limits, RedisBroker
+from broker.redis_broker import RedisBroker
+from broker.terms import Limits
 from models.catalog import get_spec, load_catalog
 from models.pipeline import Conditioning
 from workers.engine import Engine, EngineOutput

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from app.admission import Defaults, complete
+from app.parameters import Defaults, complete
 from app.schemas import GenerationFields
 from broker.messages import Delivery, Job
 from models.catalog import ModelSpec, get_spec, load_catalog

@@ -6,7 +6,9 @@ BrokerError
 ├── RedisTooOld              the server is older than 6.2
 ├── RequestNotFound          no such request, or it is no longer kept
 ├── QueueFull                as many unfinished requests as `max_depth` allows
-└── ResultStoreFull          the byte budget of kept results is used up
+├── ResultStoreFull          the byte budget of kept results is used up
+├── TooLate                  the predicted end lies after the deadline
+└── IdempotencyConflict      the key was used before, for another request
 """
 
 
@@ -39,12 +41,31 @@ class RequestNotFound(BrokerError):
 
 
 class QueueFull(BrokerError):
-    """Admission refused: `depth` requests are unfinished and `max_depth` are allowed."""
+    """Admission refused: `depth` requests are unfinished and `max_depth` are allowed. `drain_ms` is the work queued."""
 
-    def __init__(self, model: str, depth: int, max_depth: int) -> None:
+    def __init__(self, model: str, depth: int, max_depth: int, *, drain_ms: int) -> None:
         super().__init__(f"the queue of {model} is full: {depth} unfinished requests, {max_depth} are allowed")
-        self.model, self.depth, self.max_depth = model, depth, max_depth
+        self.model, self.depth, self.max_depth, self.drain_ms = model, depth, max_depth, drain_ms
 
 
 class ResultStoreFull(BrokerError):
-    """Admission refused: finished results that are still kept fill the byte budget."""
+    """Admission refused: finished results that are still promised fill the byte budget, the next for `wait_ms`."""
+
+    def __init__(self, num_bytes: int, max_bytes: int, *, wait_ms: int) -> None:
+        super().__init__(f"{num_bytes} bytes of results are kept, {max_bytes} are allowed")
+        self.wait_ms = wait_ms
+
+
+class TooLate(BrokerError):
+    """Admission refused: the picture is predicted for `finish_ms` from now, which is after the deadline."""
+
+    def __init__(self, finish_ms: int, deadline_ms: int) -> None:
+        super().__init__(f"the picture would be done in about {finish_ms} ms, the deadline is {deadline_ms} ms")
+        self.finish_ms, self.deadline_ms = finish_ms, deadline_ms
+
+
+class IdempotencyConflict(BrokerError):
+    """The idempotency key belongs to another request of the same owner."""
+
+    def __init__(self) -> None:
+        super().__init__("the idempotency key was used before for another request")

@@ -17,12 +17,13 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "session": ("session",),  # hash: what a live connection has running and waiting, and where its place is
     # order
     "line": ("lane", "model", "owner"),  # list of places: one caller's waiting work, first come first served
-    "ring": ("lane", "model"),  # list of the owners with a non-empty line, in the order of their turns
-    "weights": (),  # hash: places per turn of an owner, 1 unless given
-    "turns": ("model",),  # hash: where the round robin stands
+    "ring": ("lane", "model"),  # sorted set of the owners with a non-empty line, by the virtual time of their turn
+    "times": ("lane", "model"),  # hash: the virtual time of each owner served lately; under '' the lane's clock
+    "weights": (),  # hash: an owner's share beside others, 1 unless given
+    "turns": ("model",),  # where the lanes' round robin stands
     "ready": ("model",),  # stream, group `workers`: the next one or two batches
     "target": ("model",),  # how deep the ready stream is kept, raised by what workers ask for
-    "depth": ("model",),  # hash: unfinished requests, `queued` and `running`
+    "depth": ("model",),  # hash: unfinished requests, `queued` and `running`, and the work that waits, `queued_us`
     "deadlines": (),  # sorted set of unfinished requests with a deadline, by that
     "models": (),  # set of the models that have a ready stream
     # messages
@@ -32,8 +33,13 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "worker": ("worker_id",),  # its last heartbeat, as JSON
     "workers": (),  # sorted set of the live ones, by the end of their heartbeat
     # results
+    "idempotency": ("owner", "digest"),  # the request of an idempotency key, and the fingerprint of its body
+    "same": ("digest",),  # the newest request for the very same picture
     "kept": (),  # sorted set of kept results and their bytes, by the time they end
+    "spare": (),  # the same, by the time from which they are promised to nobody
     "kept_bytes": (),  # the sum of it
+    "rates": (),  # what the keys of callers' budgets start with
+    "secret": (),  # what all gateways sign tokens with, unless a setting says
     "dead": (),  # stream: requests that lost three workers
 }
 
@@ -50,9 +56,6 @@ class Keys:
     def depth(self, model: str) -> str:
         return self.build("depth", model)
 
-    def weights(self) -> str:
-        return self.build("weights")
-
     def replies(self, gateway_id: str) -> str:
         return self.build("replies", gateway_id)
 
@@ -61,6 +64,12 @@ class Keys:
 
     def dead(self) -> str:
         return self.build("dead")
+
+    def rates(self) -> str:
+        return self.build("rates")
+
+    def secret(self) -> str:
+        return self.build("secret")
 
     def build(self, kind: str, *parts: str) -> str:
         if len(parts) != len(_KINDS[kind]):

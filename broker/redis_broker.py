@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from broker.messages import (
     encode_worker_info,
 )
 from broker.scripts import Scripts, Taken
+from broker.terms import Limits, Submitted, Terms
 
 log = logging.getLogger(__name__)
 
@@ -63,27 +65,6 @@ _STATES: dict[type[TerminalEvent], State] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What admission allows: unfinished requests per model, and bytes of kept results over all."""
-
-    max_depth: int = 1000
-    max_result_bytes: int = 512 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Submitted:
-    """Outcome of a submit; the same submit sent twice gets the first one's.
-
-    `position` counts the requests that stand before this one by the rules of the lines (turns of the callers, live
-    lane first), not all that came earlier; `depth` counts the model's unfinished requests, this one included.
-    """
-
-    request_id: str
-    position: int
-    depth: int
-
-
-@dataclass(frozen=True, slots=True)
 class RequestStatus:
     """A request as Redis knows it now. `log` holds its events: states, the newest preview until there is a final
     picture, the ending; pictures as long as they are kept. Numbers may have gaps: replaced previews are gone."""
@@ -93,6 +74,7 @@ class RequestStatus:
     created_at: float  # seconds since the epoch, by Redis' clock
     attempt: int
     position: int  # 0 unless queued
+    start_ms: int  # the predicted wait; 0 unless queued
     log: tuple[LoggedEvent, ...]
 
 
@@ -141,14 +123,20 @@ class RedisBroker:
 
     # The gateway's side
 
-    async def submit(self, job: Job, limits: Limits) -> Submitted:
-        """Admits a request: QueueFull, ResultStoreFull. Called again for a request, it repeats its answer."""
-        position, depth = await self._scripts.submit(job, limits.max_depth, limits.max_result_bytes)
-        return Submitted(job.request_id, position, depth)
+    async def submit(self, job: Job, limits: Limits, terms: Terms | None = None) -> Submitted:
+        """Admits a request, or finds the older one that answers it. Called again for a request, it repeats its answer.
 
-    async def cancel(self, request_id: str) -> State:
-        """The state after it. A queued request ends at once; a running one stays `running` until its worker stops."""
-        return await self._scripts.cancel(request_id)
+        Raises QueueFull, ResultStoreFull, TooLate or IdempotencyConflict.
+        """
+        return await self._scripts.submit(job, limits, terms or Terms())
+
+    async def cancel(self, request_id: str, claim: str = "") -> State:
+        """Gives up one claim on a request, the oldest unless named; with its last one it is cancelled.
+
+        A claim is the request id with which a caller submitted. Returns the state after it. A queued request ends at
+        once; a running one stays `running` until its worker stops.
+        """
+        return await self._scripts.cancel(request_id, claim)
 
     async def cancel_session(self, session: str) -> None:
         """Cancels what a closed connection has running and waiting."""
@@ -190,9 +178,10 @@ class RedisBroker:
         """The live ones, as their last heartbeat described them; without those that another version wrote."""
         return list(_readable_workers(await self._scripts.workers()))
 
-    async def set_weight(self, owner: str, weight: int) -> None:
-        """How many places an owner's line moves per turn; 1 unless set."""
-        await call(self._client, "HSET", self._keys.weights(), owner, max(1, weight))
+    async def shared_secret(self) -> bytes:
+        """32 random bytes, the same for all gateways on this Redis and prefix: drawn by the first that asks."""
+        await call(self._client, "SET", self._keys.secret(), secrets.token_bytes(32), "NX")
+        return bytes(await call(self._client, "GET", self._keys.secret()))
 
     # The worker's side
 

@@ -6,6 +6,7 @@ The decisions and their reasons stand in `scripts/*.lua`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,12 +19,13 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
 from broker.connections import Arg, Entry, as_entry, call, translated_errors
-from broker.errors import QueueFull, RequestNotFound, ResultStoreFull
+from broker.errors import IdempotencyConflict, QueueFull, RequestNotFound, ResultStoreFull, TooLate
 from broker.keys import lua_key_functions
 from broker.messages import Delivery, Job, LoggedEvent, State, decode_event, decode_job, encode_job
+from broker.terms import Limits, Submitted, Terms
 
 _FOLDER = Path(__file__).parent / "scripts"
-_SHARED = ("_records", "_events", "_lines", "_requests")
+_SHARED = ("_records", "_events", "_results", "_lines", "_requests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +68,20 @@ class Scripts:
     def __init__(self, client: Redis, prefix: str) -> None:
         self._client, self._prefix = client, prefix
 
-    async def submit(self, job: Job, max_depth: int, max_result_bytes: int) -> tuple[int, int]:
-        """(position, depth). QueueFull, ResultStoreFull."""
-        deadline = "" if job.deadline_ms is None else job.deadline_ms
-        where = (job.request_id, encode_job(job), job.model, job.lane, job.owner)
-        whom = (job.gateway_id or "", job.session or "")
-        limits = (round(job.keep_s * 1000), deadline, max_depth, max_result_bytes)
-        outcome, *numbers = await self._run("submit", *where, *whom, *limits)
-        if outcome == b"full":
-            raise QueueFull(job.model, int(numbers[0]), max_depth)
-        if outcome == b"store_full":
-            raise ResultStoreFull(f"{int(numbers[0])} bytes of results are kept, {max_result_bytes} are allowed")
-        return int(numbers[0]), int(numbers[1])
+    async def submit(self, job: Job, limits: Limits, terms: Terms) -> Submitted:
+        """Raises QueueFull, ResultStoreFull, TooLate or IdempotencyConflict."""
+        outcome, *rest = await self._run("submit", encode_job(job), json.dumps(_ask(job, limits, terms)))
+        match outcome:
+            case b"full":
+                raise QueueFull(job.model, int(rest[0]), limits.max_depth, drain_ms=int(rest[1]))
+            case b"store_full":
+                raise ResultStoreFull(int(rest[0]), limits.max_result_bytes, wait_ms=int(rest[1]))
+            case b"late":
+                raise TooLate(int(rest[0]), job.deadline_ms or 0)
+            case b"conflict":
+                raise IdempotencyConflict
+        request_id, position, depth, start_ms = rest
+        return Submitted(request_id.decode(), int(position), int(depth), int(start_ms), outcome.decode())
 
     async def take(
         self, worker_id: str, model: str, count: int, entries: Iterable[Entry], held: Mapping[str, int]
@@ -101,18 +105,19 @@ class Scripts:
     async def hand_back(self, worker_id: str, request_ids: Sequence[str]) -> None:
         await self._run("hand_back", worker_id, *request_ids)
 
-    async def cancel(self, request_id: str) -> State:
-        state: bytes = _found(request_id, await self._run("cancel", request_id))
+    async def cancel(self, request_id: str, claim: str) -> State:
+        state: bytes = _found(request_id, await self._run("cancel", request_id, claim))
         return state.decode()  # type: ignore[return-value]
 
     async def cancel_session(self, session: str) -> None:
         await self._run("cancel_session", session)
 
-    async def status(self, request_id: str) -> tuple[Job, State, float, int, int, tuple[LoggedEvent, ...]]:
-        """(job, state, created_at, attempt, position, log)."""
+    async def status(self, request_id: str) -> tuple[Job, State, float, int, int, int, tuple[LoggedEvent, ...]]:
+        """(job, state, created_at, attempt, position, start_ms, log)."""
         reply = _found(request_id, await self._run("status", request_id))
-        job, state, created_us, attempt, position, log = reply
-        return decode_job(job), state.decode(), int(created_us) / 1e6, int(attempt), int(position), _log(log)
+        job, state, created_us, *numbers, log = reply
+        attempt, position, start_ms = (int(number) for number in numbers)
+        return decode_job(job), state.decode(), int(created_us) / 1e6, attempt, position, start_ms, _log(log)
 
     async def attach(self, request_id: str, gateway_id: str) -> tuple[LoggedEvent, ...]:
         return _log(_found(request_id, await self._run("attach", request_id, gateway_id)))
@@ -134,6 +139,33 @@ class Scripts:
             return await call(client, "EVALSHA", script.sha, 1, self._prefix, *args)
         except NoScriptError:
             return await call(client, "EVAL", script.text, 1, self._prefix, *args)
+
+
+def _ask(job: Job, limits: Limits, terms: Terms) -> dict[str, object]:
+    """What `submit.lua` reads of a job and its terms; what is None is left out."""
+    forecast = terms.forecast
+    ask = {
+        "request_id": job.request_id,
+        "model": job.model,
+        "lane": job.lane,
+        "owner": job.owner,
+        "weight": terms.weight,
+        "gateway_id": job.gateway_id,
+        "session": job.session,
+        "keep_ms": round(job.keep_s * 1000),
+        "deadline_ms": job.deadline_ms,
+        "max_depth": limits.max_depth,
+        "max_result_bytes": limits.max_result_bytes,
+        "cost_us": max(1, round(forecast.work_ms * 1000)),
+        "alone_ms": forecast.alone_ms,
+        "full_ms": forecast.full_ms,
+        "num_slots": forecast.num_slots,
+        "idempotency_key": terms.idempotency_key,
+        "fingerprint": terms.fingerprint,
+        "cache_key": terms.cache_key,
+        "cache_ms": round(terms.cache_s * 1000),
+    }
+    return {name: value for name, value in ask.items() if value is not None}
 
 
 def _found(request_id: str, reply: Any) -> Any:

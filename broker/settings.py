@@ -31,4 +31,10 @@ class SharedSettings(BaseSettings):
         except ValidationError as error:
             first = error.errors()[0]
             key = f"{ENV_PREFIX}{'.'.join(str(part) for part in first['loc'])}".upper()
-            raise SettingsError(f"{key}={first['input']!r}: {first['msg']}") from error
+            value = "(hidden)" if cls._is_secret(first["loc"][0]) else repr(first["input"])
+            raise SettingsError(f"{key}={value}: {first['msg']}") from error
+
+    @classmethod
+    def _is_secret(cls, name: int | str) -> bool:
+        field = cls.model_fields.get(str(name))
+        return field is not None and "SecretStr" in str(field.annotation)

@@ -13,7 +13,7 @@ WORKDIR /srv/fewstep
 # The part of pyproject.toml's dependencies that this side imports; constraints.txt has the exact versions.
 COPY constraints.txt ./
 RUN pip install -c constraints.txt \
-    fastapi "uvicorn[standard]" websockets pydantic pydantic-settings "redis[hiredis]" prometheus-client typer rich httpx
+    fastapi "uvicorn[standard]" websockets pydantic pydantic-settings "redis[hiredis]" prometheus-client limits itsdangerous typer rich httpx
 
 COPY pyproject.toml README.md LICENSE cli.py supervisor.py ./
 COPY broker/ broker/

@@ -35,12 +35,12 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str,
         assert word in line
 
 
-@pytest.mark.parametrize("command", ["serve", "gateway", "worker", "generate", "models"])
+@pytest.mark.parametrize("command", ["serve", "gateway", "worker", "generate", "models", "keys"])
 def test_help_teaches(command: str) -> None:
     assert command in fewstep("--help").stdout
     result = fewstep(command, "--help")
     assert result.returncode == 0
-    assert command == "models" or "Example: " in result.stdout
+    assert command in ("models", "keys") or "Example: " in result.stdout
 
 
 def test_the_catalog_is_listed() -> None:
@@ -83,7 +83,7 @@ def test_a_port_in_use() -> None:
 
 
 def test_a_host_that_others_can_reach_needs_permission() -> None:
-    assert_one_clear_line(fewstep("serve", "--host", "0.0.0.0"), "0.0.0.0", "FEWSTEP_ALLOW_ANONYMOUS")
+    assert_one_clear_line(fewstep("serve", "--host", "0.0.0.0"), "0.0.0.0", "FEWSTEP_ALLOW_ANONYMOUS=1", "keys create")
 
 
 def test_a_redis_that_does_not_answer() -> None:
@@ -113,3 +113,41 @@ def test_a_damaged_model_ends_serve_with_its_name(tmp_path: Path) -> None:
     reasons = [line for line in result.stderr.splitlines() if line.startswith("fewstep: ")]
     assert reasons == [line for line in reasons if str(weights) in line and "not a sound safetensors file" in line]
     assert len(reasons) == 1
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    path = str(tmp_path / "keys.toml")
+    made = fewstep("keys", "create", "shop", "--file", path, "--images-per-minute", "120", "--model", "mini-lcm")
+    assert made.returncode == 0, made.stderr
+    key = made.stdout.strip()
+    key_id = key.split("_")[1]
+    assert key.split("_", 2)[2] not in made.stderr
+    assert f"{key_id}:" in made.stderr
+    listed = fewstep("keys", "list", FEWSTEP_API_KEYS_FILE=path).stdout
+    for word in (key_id, "shop", "120", "unlimited", "mini-lcm", "api, live"):
+        assert word in listed
+    revoked = fewstep("keys", "revoke", key_id, "--file", path)
+    assert (revoked.returncode, "shop is revoked" in revoked.stderr) == (0, True)
+    assert key_id not in fewstep("keys", "list", "--file", path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["create", "x", "--model", "nothing"], ["unknown model 'nothing'", "mini-lcm"]),
+        (["create", "x", "--lane", "fast"], ["lanes", "fast"]),
+        (["create", "x", "--weight", "0"], ["weight=0", "greater than or equal to 1"]),
+        (["list"], ["keys.toml", "No such file"]),
+        (["revoke", "x"], ["keys.toml", "No such file"]),
+    ],
+)
+def test_a_mistake_with_keys_is_one_clear_line(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    path = tmp_path / "keys.toml"
+    assert_one_clear_line(fewstep("keys", *arguments, "--file", str(path)), *words)
+    assert not path.exists()
+
+
+def test_a_key_can_only_go_where_there_is_a_folder(tmp_path: Path) -> None:
+    assert_one_clear_line(
+        fewstep("keys", "create", "x", "--file", str(tmp_path / "no" / "keys.toml")), "no", "No such file"
+    )

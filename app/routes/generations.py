@@ -7,20 +7,39 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Path
-from fastapi.requests import Request
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query
+from fastapi.requests import HTTPConnection, Request
 from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from app.admission import Admission, Defaults, complete, find_warnings
-from app.callers import Caller
-from app.dependencies import CallerDep, GatewayDep, RequestIdDep, TraceparentDep
-from app.errors import ImageGone, ImageNotReady, NotAcceptable, ending_error, raises
+from app.admission import Admission
+from app.dependencies import (
+    CallerDep,
+    DeadlineDep,
+    GatewayDep,
+    IdempotencyKeyDep,
+    RequestIdDep,
+    TraceparentDep,
+    identify,
+)
+from app.errors import ImageGone, ImageNotReady, InvalidToken, NotAcceptable, ending_error, raises
+from app.fleet import find_warm
 from app.gateway import Gateway
+from app.links import check_link
 from app.negotiation import Answer, Preference, negotiate, parse_prefer
-from app.openapi import GENERATION_EVENTS, MODEL_HEADERS, RESULT_HEADERS, event_stream, image_types, show_headers
+from app.openapi import (
+    GENERATION_EVENTS,
+    MODEL_HEADERS,
+    RESULT_HEADERS,
+    SHARING_HEADERS,
+    event_stream,
+    image_types,
+    show_headers,
+)
+from app.parameters import Defaults, complete, earliest, find_warnings
 from app.rendering import (
     Progress,
+    find_ending,
     generation_path,
     model_headers,
     progress_of,
@@ -31,11 +50,13 @@ from app.rendering import (
 )
 from app.replies import Subscription, as_ending
 from app.schemas import Generation, GenerationRequest
+from app.sharing import cached_for, sharing_headers, with_idempotency_key
 from app.strict_json import JsonRoute
-from app.waiting import cancelled_if_left, wait_for_ending
+from app.waiting import Entry, enter, given_up_if_left, wait_at_most
 from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
 from broker.messages import Completed, Job, LoggedEvent, Picture, Preview, TerminalEvent
-from broker.redis_broker import RequestStatus, Submitted
+from broker.redis_broker import RequestStatus
+from broker.terms import Terms
 
 NOT_READY_RETRY_MS = 250
 EVENT_NAMES = {"accepted": "queued"}
@@ -62,12 +83,12 @@ router = APIRouter(prefix="/v1/generations", route_class=JsonRoute, tags=["gener
             "description": "The generation with its pictures, or the bytes of its only one.",
             "model": Generation,
             "content": image_types(),
-            "headers": show_headers(*RESULT_HEADERS, sometimes=MODEL_HEADERS),
+            "headers": show_headers(*RESULT_HEADERS, sometimes=(*SHARING_HEADERS, *MODEL_HEADERS)),
         },
         202: {
             "description": "Not ended yet: to be looked up at `Location`.",
             "model": Generation,
-            "headers": show_headers("Location", sometimes=("Preference-Applied", *MODEL_HEADERS)),
+            "headers": show_headers("Location", sometimes=("Preference-Applied", *SHARING_HEADERS, *MODEL_HEADERS)),
         },
     },
 )
@@ -79,51 +100,58 @@ async def create_generation(
     request_id: RequestIdDep,
     caller: CallerDep,
     traceparent: TraceparentDep,
+    deadline_ms: DeadlineDep,
+    idempotency_key: IdempotencyKeyDep = None,
     accept: Annotated[str | None, Header()] = None,
     prefer: Annotated[list[str] | None, Header()] = None,
 ) -> Response:
     """Draws a picture. The answer is its bytes or JSON, by `Accept`; 202 and `Location` where the wait ends first."""
     preference = parse_prefer(prefer or [])
     answer = negotiate(accept, body.output_format, body.num_images or 1)
-    job = make_job(body, answer, preference, gateway, request_id, caller, traceparent)
-    with gateway.replies.follow(request_id) as subscription:
-        submitted = await gateway.admission.submit(job, caller)
-        progress = await start_progress(gateway, job, submitted)
-        wait_s = choose_wait(preference, gateway.settings.sync_wait_s)
-        if preference.is_async:
-            ending = await wait_for_ending(subscription, request, wait_s) if wait_s else None
-        else:
-            async with cancelled_if_left(gateway.broker, request_id):
-                ending = await wait_for_ending(subscription, request, wait_s)
-    if ending is None:
-        return accepted(progress, gateway, preference)
-    return finished(progress, ending, answer, gateway)
-
-
-def make_job(
-    body: GenerationRequest,
-    answer: Answer,
-    preference: Preference,
-    gateway: Gateway,
-    request_id: str,
-    caller: Caller,
-    traceparent: str | None,
-) -> Job:
-    spec = gateway.admission.find_model(body.model or gateway.settings.default_model, caller)
+    spec = gateway.find_model(body.model, caller)
     params = complete(body, spec, Defaults(output_format=answer.format))
     settings = gateway.settings
-    return Job(
+    job = Job(
         request_id=request_id,
         model=spec.name,
         params=replace(params, output_format=answer.format),
         lane="api",
         owner=caller.owner,
         gateway_id=gateway.replies.gateway_id,
-        keep_s=settings.keep_async_s if preference.is_async else settings.keep_sync_s,
-        deadline_ms=body.deadline_ms,
+        keep_s=settings.keep_async_s if preference.is_async or idempotency_key else settings.keep_sync_s,
+        deadline_ms=earliest(body.deadline_ms, deadline_ms),
         warnings=find_warnings(params, spec),
         traceparent=traceparent,
     )
+    terms = with_idempotency_key(choose_terms(body, job, preference, gateway), idempotency_key, body, job)
+    async with enter(gateway, job, caller, terms) as entry:
+        ending = await wait_as_preferred(entry, request, preference, gateway)
+    headers = sharing_headers(entry.submitted.origin, terms)
+    if ending is None:
+        return accepted(entry, gateway, preference, headers)
+    return finished(entry, ending, answer, gateway, headers)
+
+
+def choose_terms(body: GenerationRequest, job: Job, preference: Preference, gateway: Gateway) -> Terms:
+    """A picture without a seed is a new one every time. Nobody watches an asynchronous request's own deadline while it
+    shares the work of another."""
+    is_shareable = body.seed is not None and body.cache is not False
+    if not is_shareable or (preference.is_async and job.deadline_ms is not None):
+        return Terms()
+    return cached_for(job, gateway.catalog[job.model], gateway.settings.cache_s)
+
+
+async def wait_as_preferred(
+    entry: Entry, request: Request, preference: Preference, gateway: Gateway
+) -> TerminalEvent | None:
+    """The ending; None where the wait ends first. A client that leaves gives up a request that it didn't want kept."""
+    if entry.status and (ending := find_ending(entry.status.log)):
+        return ending
+    wait_s = choose_wait(preference, gateway.settings.sync_wait_s)
+    if preference.is_async:
+        return await wait_at_most(entry.subscription, request, wait_s) if wait_s else None
+    async with given_up_if_left(gateway.broker, entry):
+        return await wait_at_most(entry.subscription, request, wait_s)
 
 
 def choose_wait(preference: Preference, longest_s: float) -> float:
@@ -133,25 +161,28 @@ def choose_wait(preference: Preference, longest_s: float) -> float:
     return min(preference.wait_s, longest_s)
 
 
-async def start_progress(gateway: Gateway, job: Job, submitted: Submitted) -> Progress:
-    start_ms = await gateway.admission.predict_start_ms(job.model, submitted.position)
-    return Progress(job, "queued", time.time(), submitted.position, start_ms)
+def start_progress(entry: Entry) -> Progress:
+    if entry.status:
+        return progress_of(entry.status)
+    return Progress(entry.job, "queued", time.time(), entry.submitted.position, entry.submitted.start_ms)
 
 
-def accepted(progress: Progress, gateway: Gateway, preference: Preference) -> Response:
-    headers = {"Location": generation_path(progress.job.request_id)}
+def accepted(entry: Entry, gateway: Gateway, preference: Preference, headers: dict[str, str]) -> Response:
+    headers = headers | {"Location": generation_path(entry.job.request_id)}
     if preference.is_async:
         headers["Preference-Applied"] = "respond-async"
-    return json_answer(progress, gateway, status=202, headers=headers)
+    return json_answer(start_progress(entry), gateway, status=202, headers=headers)
 
 
-def finished(progress: Progress, ending: TerminalEvent, answer: Answer, gateway: Gateway) -> Response:
+def finished(
+    entry: Entry, ending: TerminalEvent, answer: Answer, gateway: Gateway, headers: dict[str, str]
+) -> Response:
     if not isinstance(ending, Completed):
         raise ending_error(ending)
-    headers = result_headers(progress.job, ending)
+    headers = headers | result_headers(entry.job, ending, entry.submitted.origin)
     if answer.is_bytes:
-        return bytes_answer(ending.pictures[0], headers | model_headers_of(gateway, progress.job))
-    done = replace(progress, state="completed", ending=ending)
+        return bytes_answer(ending.pictures[0], headers | model_headers_of(gateway, entry.job))
+    done = replace(start_progress(entry), state="completed", ending=ending)
     return json_answer(done, gateway, with_bytes=True, headers=headers)
 
 
@@ -180,10 +211,11 @@ def model_headers_of(gateway: Gateway, job: Job) -> dict[str, str]:
 # Looking it up
 
 
+GenerationId = Annotated[str, Path(max_length=64)]
+
+
 @raises(RequestNotFound, BrokerUnavailable, BrokerError)
-async def read_own(
-    gateway: GatewayDep, caller: CallerDep, generation_id: Annotated[str, Path(max_length=64)]
-) -> RequestStatus:
+async def read_own(gateway: GatewayDep, caller: CallerDep, generation_id: GenerationId) -> RequestStatus:
     """The request, if it is the caller's; for anyone else it doesn't exist."""
     status = await gateway.broker.status(generation_id)
     if status.job.owner != caller.owner:
@@ -196,10 +228,8 @@ OwnStatus = Annotated[RequestStatus, Depends(read_own)]
 
 async def read_progress(gateway: Gateway, status: RequestStatus) -> Progress:
     progress = progress_of(status)
-    if status.state != "queued" or status.job.model not in gateway.catalog:
-        return progress
-    start_ms = await gateway.admission.predict_start_ms(status.job.model, status.position)
-    return replace(progress, predicted_start_ms=start_ms)
+    is_served = find_warm(await gateway.fleet.workers(), status.job.model)
+    return progress if is_served else replace(progress, predicted_start_ms=None)
 
 
 @router.get(
@@ -222,12 +252,27 @@ async def read_image(gateway: GatewayDep, status: OwnStatus) -> Response:
     return picture_answer(gateway, status, 0)
 
 
+@raises(read_own, identify, InvalidToken)
+async def read_by_link_or_own(
+    connection: HTTPConnection,
+    gateway: GatewayDep,
+    generation_id: GenerationId,
+    index: Annotated[int, Path(ge=0, le=1000)],
+    token: Annotated[str | None, Query(max_length=1000)] = None,
+) -> RequestStatus:
+    """With the token of a signed link nobody has to say who they are."""
+    if token is None:
+        return await read_own(gateway, await identify(connection), generation_id)
+    check_link(gateway, token, generation_id, index)
+    return await gateway.broker.status(generation_id)
+
+
 @router.get("/{generation_id}/images/{index}", response_class=Response, response_model=None, responses=PICTURE)
 @raises(ImageNotReady, ImageGone, 404, ending_error)
 async def read_image_by_index(
-    gateway: GatewayDep, status: OwnStatus, index: Annotated[int, Path(ge=0, le=1000)]
+    gateway: GatewayDep, status: Annotated[RequestStatus, Depends(read_by_link_or_own)], index: int
 ) -> Response:
-    """The bytes of picture `index`, counted from 0."""
+    """The bytes of picture `index`, counted from 0. A signed link carries a `token` instead of an API key."""
     return picture_answer(gateway, status, index)
 
 

@@ -1,25 +1,43 @@
-"""`WS /v1/live`: who may open a live socket. The session itself is `app.live_session`."""
+"""`WS /v1/live` and the tokens that open it to a page. The session itself is `app.live_session`."""
 
 from __future__ import annotations
 
 import logging
 
 from fastapi import APIRouter
+from fastapi.responses import Response
 from fastapi.websockets import WebSocket
 
+from app.admission import Admission
 from app.dependencies import CallerDep, GatewayDep, RequestIdDep
+from app.errors import Forbidden, Unauthorized, raises
 from app.gateway import Gateway
-from app.live_protocol import SUBPROTOCOL, CloseCode, check_origin, reconnect_reason
+from app.live_access import Door, make_token
+from app.live_protocol import SUBPROTOCOL, CloseCode, reconnect_reason
 from app.live_session import LiveSession
+from app.openapi import show_headers
+from app.schemas import LiveTokenAnswer, LiveTokenRequest
+from app.strict_json import JsonRoute
 
 log = logging.getLogger(__name__)
 
-router = APIRouter(tags=["live"])
+router = APIRouter(route_class=JsonRoute, tags=["live"])
+
+
+@router.post("/v1/live/tokens", responses={200: {"headers": show_headers("Cache-Control")}})
+@raises(Admission.find_model, Unauthorized, Forbidden)
+async def create_live_token(
+    body: LiveTokenRequest, response: Response, gateway: GatewayDep, caller: CallerDep
+) -> LiveTokenAnswer:
+    """A short-lived token that a backend hands to its page, bound to the key, a model and the page's origin."""
+    response.headers["Cache-Control"] = "no-store"
+    return make_token(body, caller, gateway)
 
 
 @router.websocket("/v1/live")
-async def live(websocket: WebSocket, gateway: GatewayDep, caller: CallerDep, request_id: RequestIdDep) -> None:
-    if not is_welcome(websocket, gateway):
+async def live(websocket: WebSocket, gateway: GatewayDep, request_id: RequestIdDep) -> None:
+    door = Door(websocket, gateway)
+    if not is_welcome(websocket, door, gateway):
         await websocket.close(CloseCode.NORMAL)  # before accept: HTTP 403
         return
     await websocket.accept(SUBPROTOCOL if websocket.scope["subprotocols"] else None)
@@ -27,13 +45,13 @@ async def live(websocket: WebSocket, gateway: GatewayDep, caller: CallerDep, req
         gateway.metrics.rejected.labels("live_connections").inc()
         await websocket.close(CloseCode.TRY_LATER, reconnect_reason(gateway.settings.live_reconnect_in_ms))
         return
-    await LiveSession(websocket, gateway, request_id, caller).run()
+    await LiveSession(websocket, gateway, request_id, door).run()
 
 
-def is_welcome(websocket: WebSocket, gateway: Gateway) -> bool:
+def is_welcome(websocket: WebSocket, door: Door, gateway: Gateway) -> bool:
     """Another site's page isn't, nor a client of another protocol. A client that names no protocol is."""
-    origin = websocket.headers.get("origin")
-    if not check_origin(origin, websocket.headers.get("host", ""), gateway.settings.allowed_origins):
+    if door.is_foreign:
+        origin = websocket.headers.get("origin")
         log.warning("refused a live socket from the origin %.200r; see FEWSTEP_ALLOWED_ORIGINS", origin)
         gateway.metrics.rejected.labels("origin").inc()
         return False

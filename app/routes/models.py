@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from app.admission import Admission, find_warm
+from app.admission import Admission
 from app.dependencies import CallerDep, GatewayDep
 from app.errors import raises
+from app.fleet import find_warm
 from app.schemas import Limit, ModelCard, ModelList, SizeCard, WorkerCosts
 from broker.errors import BrokerError, BrokerUnavailable
 from broker.messages import SizeCosts, WarmModel, WorkerInfo
@@ -17,11 +18,11 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("")
 @raises(BrokerUnavailable, BrokerError)
-async def list_models(gateway: GatewayDep) -> ModelList:
-    """All models of the catalog, and what the live workers measured."""
-    workers = await gateway.fleet.workers()
-    cards = [show_model(spec, workers) for spec in gateway.catalog.values()]
-    return ModelList(default=gateway.settings.default_model, data=cards)
+async def list_models(gateway: GatewayDep, caller: CallerDep) -> ModelList:
+    """The models that the caller may use, and what the live workers measured."""
+    workers, admission = await gateway.fleet.workers(), gateway.admission
+    cards = [show_model(spec, workers) for spec in admission.models_of(caller).values()]
+    return ModelList(default=gateway.default_model(caller), data=cards)
 
 
 @router.get("/{model}")

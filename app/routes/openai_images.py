@@ -13,26 +13,29 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
-from app.admission import Admission, Defaults, check_size_text, complete, find_warnings
-from app.callers import Caller
-from app.dependencies import CallerDep, GatewayDep, RequestIdDep, TraceparentDep
-from app.errors import ErrorAnswer, GenerationExpired, ending_error, invalid, raises, render
+from app.admission import Admission
+from app.dependencies import CallerDep, DeadlineDep, GatewayDep, IdempotencyKeyDep, RequestIdDep, TraceparentDep
+from app.errors import ErrorAnswer, ending_error, invalid, raises, render
 from app.gateway import Gateway
-from app.openapi import IMAGE_EVENTS, MODEL_HEADERS, RESULT_HEADERS, event_stream, show_headers
+from app.links import sign_link
+from app.openapi import IMAGE_EVENTS, MODEL_HEADERS, RESULT_HEADERS, SHARING_HEADERS, event_stream, show_headers
+from app.parameters import Defaults, check_size_text, complete, earliest, find_warnings
 from app.rendering import model_headers, result_headers, to_base64
 from app.replies import Subscription
 from app.schemas import GenerationFields, OpenAIImageRequest, OpenAIImages
+from app.sharing import cached_for, sharing_headers, with_idempotency_key
 from app.strict_json import JsonRoute
-from app.waiting import cancel_quietly, cancelled_if_left, wait_for_ending
-from broker.messages import Completed, Job, JobEvent, Picture, Preview, SamplingParams
-from models.catalog import ModelSpec
+from app.waiting import Entry, enter, given_up_if_left, wait_for_ending
+from broker.messages import Completed, ImageFormat, Job, JobEvent, Picture, Preview, SamplingParams
+from broker.terms import Terms
+from models.catalog import ModelSpec, StepRange
 
 KEEP_ALIVE_S = 15.0
 NO_TOKENS = {
@@ -53,7 +56,9 @@ router = APIRouter(prefix="/v1/images", route_class=JsonRoute, tags=["OpenAI"])
             "description": "The pictures; with `stream` its events.",
             "model": OpenAIImages,
             "content": event_stream(IMAGE_EVENTS, has_ids=False),
-            "headers": show_headers(sometimes=(*RESULT_HEADERS, "Cache-Control", "X-Accel-Buffering", *MODEL_HEADERS)),
+            "headers": show_headers(
+                sometimes=(*RESULT_HEADERS, *SHARING_HEADERS, "Cache-Control", "X-Accel-Buffering", *MODEL_HEADERS)
+            ),
         }
     },
 )
@@ -65,11 +70,15 @@ async def create_image(
     request_id: RequestIdDep,
     caller: CallerDep,
     traceparent: TraceparentDep,
+    deadline_ms: DeadlineDep,
+    idempotency_key: IdempotencyKeyDep = None,
 ) -> Response:
     """Draws `n` pictures; with `stream`, one picture with real previews on the way."""
     check_offered(body)
-    spec = gateway.admission.find_model(body.model or gateway.settings.default_model, caller)
+    spec = gateway.find_model(body.model, caller)
     params = choose_params(body, spec)
+    settings = gateway.settings
+    is_kept = idempotency_key is not None or body.response_format == "url"
     job = Job(
         request_id=request_id,
         model=spec.name,
@@ -77,23 +86,37 @@ async def create_image(
         lane="api",
         owner=caller.owner,
         gateway_id=gateway.replies.gateway_id,
-        keep_s=gateway.settings.keep_sync_s,
+        keep_s=settings.keep_async_s if is_kept else settings.keep_sync_s,
+        deadline_ms=earliest(body.deadline_ms, deadline_ms, round(settings.sync_wait_s * 1000)),
         warnings=find_warnings(params, spec),
         traceparent=traceparent,
     )
-    if body.stream:
-        return await stream_image(body, job, gateway, caller)
-    return await draw_images(body, job, gateway, caller, request)
+    is_shareable = body.seed is not None and body.cache is not False
+    terms = cached_for(job, spec, settings.cache_s) if is_shareable else Terms()
+    terms = with_idempotency_key(terms, idempotency_key, body, job)
+    async with contextlib.AsyncExitStack() as stack:
+        entry = await stack.enter_async_context(enter(gateway, job, caller, terms))
+        headers = sharing_headers(entry.submitted.origin, terms) | model_headers(spec)
+        if body.stream:
+            return stream_image(body, entry, gateway, stack.pop_all(), headers)
+        return await draw_images(body, entry, gateway, request, headers)
 
 
 def check_offered(body: OpenAIImageRequest) -> None:
     """Refuses by name what OpenAI's API has and this one doesn't."""
     if body.background == "transparent":
         raise invalid("background", body.background, "the models draw opaque pictures: opaque or auto")
-    if body.response_format == "url":
-        raise invalid("response_format", body.response_format, "pictures come as b64_json")
+    if body.output_format in ("gif", "svg"):
+        raise invalid("output_format", body.output_format, "pictures are png, jpeg or webp")
+    for field in ("frame_count", "frame_duration_ms", "svg"):
+        if (value := getattr(body, field)) is not None:
+            raise invalid(field, value, "it belongs to gif and svg, which are not offered")
     if body.stream and (body.n or 1) > 1:
         raise invalid("n", body.n, "a stream carries 1 picture")
+    if body.stream and body.response_format == "url":
+        raise invalid("response_format", body.response_format, "a stream carries its pictures as b64_json")
+    if body.output_compression not in (None, 100) and body.output_format in (None, "png"):
+        raise invalid("output_compression", body.output_compression, "png is lossless: it takes only 100")
 
 
 def choose_params(body: OpenAIImageRequest, spec: ModelSpec) -> SamplingParams:
@@ -105,38 +128,58 @@ def choose_params(body: OpenAIImageRequest, spec: ModelSpec) -> SamplingParams:
         negative_prompt=body.negative_prompt,
         width=width,
         height=height,
-        num_inference_steps=body.num_inference_steps,
+        num_inference_steps=body.num_inference_steps or choose_steps(body.quality, spec.num_inference_steps),
         guidance_scale=body.guidance_scale,
         seed=body.seed,
         scheduler=body.scheduler,
+        loras=body.loras,
         num_images=body.n,
         decoder=body.decoder,
-        output_format=body.output_format,
+        output_format=cast("ImageFormat | None", body.output_format),
         previews=bool(body.stream and body.partial_images),
         metadata=body.metadata,
     )
-    quality = 100 if body.output_compression is None else max(1, body.output_compression)
-    return complete(fields, spec, Defaults(output_format="png", output_quality=quality))
+    compression = 100 if body.output_compression is None else max(1, body.output_compression)
+    return complete(fields, spec, Defaults(output_format="png", output_quality=compression))
+
+
+def choose_steps(quality: str | None, steps: StepRange) -> int:
+    """`quality` in steps: half the model's default, the default, twice and three times that, and the most it allows."""
+    match quality:
+        case "low":
+            return max(steps.min, steps.default // 2)
+        case "high" | "hd":
+            return min(steps.max, 2 * steps.default)
+        case "xhigh":
+            return min(steps.max, 3 * steps.default)
+        case "max":
+            return steps.max
+        case _:
+            return steps.default
 
 
 async def draw_images(
-    body: OpenAIImageRequest, job: Job, gateway: Gateway, caller: Caller, request: Request
+    body: OpenAIImageRequest, entry: Entry, gateway: Gateway, request: Request, headers: dict[str, str]
 ) -> Response:
-    with gateway.replies.follow(job.request_id) as subscription:
-        await gateway.admission.submit(job, caller)
-        async with cancelled_if_left(gateway.broker, job.request_id):
-            ending = await wait_for_ending(subscription, request, gateway.settings.sync_wait_s)
-    if ending is None:
-        await cancel_quietly(gateway.broker, job.request_id)
-        raise GenerationExpired(f"no picture within {gateway.settings.sync_wait_s:g} s", code="timeout")
+    """The wait has no end of its own: the job's deadline is at most the longest wait."""
+    async with given_up_if_left(gateway.broker, entry):
+        ending = await wait_for_ending(entry.subscription, request)
     if not isinstance(ending, Completed):
         raise ending_error(ending)
-    headers = result_headers(job, ending) | model_headers(gateway.catalog[job.model])
-    return JSONResponse(show_images(body, job, ending), headers=headers)
+    headers = headers | result_headers(entry.job, ending, entry.submitted.origin)
+    pictures = [show_picture(body, entry.job, picture, gateway, request) for picture in ending.pictures]
+    return JSONResponse(show_images(body, entry.job, pictures), headers=headers)
 
 
-def show_images(body: OpenAIImageRequest, job: Job, completed: Completed) -> dict[str, Any]:
-    data = [{"b64_json": to_base64(picture.data), "seed": picture.seed} for picture in completed.pictures]
+def show_picture(
+    body: OpenAIImageRequest, job: Job, picture: Picture, gateway: Gateway, request: Request
+) -> dict[str, Any]:
+    if body.response_format == "url":
+        return {"url": sign_link(gateway, request, job.request_id, picture.index), "seed": picture.seed}
+    return {"b64_json": to_base64(picture.data), "seed": picture.seed}
+
+
+def show_images(body: OpenAIImageRequest, job: Job, data: list[dict[str, Any]]) -> dict[str, Any]:
     echo = {"safety_identifier": body.safety_identifier} if body.safety_identifier else {}
     return {"created": int(time.time()), "data": data, **describe(body, job.params), "usage": NO_TOKENS, **echo}
 
@@ -153,33 +196,28 @@ def describe(body: OpenAIImageRequest, params: SamplingParams) -> dict[str, str]
 # Streaming
 
 
-async def stream_image(body: OpenAIImageRequest, job: Job, gateway: Gateway, caller: Caller) -> Response:
-    """Submits before the response starts, so that a refusal still has a status."""
-    stack = contextlib.ExitStack()
-    with stack:
-        subscription = stack.enter_context(gateway.replies.follow(job.request_id))
-        await gateway.admission.submit(job, caller)
-        following = stack.pop_all()
-    content = stream_events(body, job, gateway, subscription, following)
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return EventSourceResponse(content, headers=headers | model_headers(gateway.catalog[job.model]))
+def stream_image(
+    body: OpenAIImageRequest,
+    entry: Entry,
+    gateway: Gateway,
+    following: contextlib.AsyncExitStack,
+    headers: dict[str, str],
+) -> Response:
+    """It was submitted before the response starts, so that a refusal still had a status."""
+    content = stream_events(body, entry, gateway, following)
+    return EventSourceResponse(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | headers)
 
 
 async def stream_events(
-    body: OpenAIImageRequest,
-    job: Job,
-    gateway: Gateway,
-    subscription: Subscription,
-    following: contextlib.ExitStack,
+    body: OpenAIImageRequest, entry: Entry, gateway: Gateway, following: contextlib.AsyncExitStack
 ) -> AsyncIterator[bytes]:
-    picker = PartialPicker(body.partial_images or 0, job.params.num_inference_steps)
-    with following:
-        async with cancelled_if_left(gateway.broker, job.request_id):
-            async for event in with_keep_alives(subscription):
-                if event is None:
-                    yield format_sse_event(comment="keep-alive")
-                elif chunk := format_event(body, job, event, picker):
-                    yield chunk
+    picker = PartialPicker(body.partial_images or 0, entry.job.params.num_inference_steps)
+    async with following, given_up_if_left(gateway.broker, entry):
+        async for event in with_keep_alives(entry.subscription):
+            if event is None:
+                yield format_sse_event(comment="keep-alive")
+            elif chunk := format_event(body, entry.job, event, picker):
+                yield chunk
 
 
 async def with_keep_alives(subscription: Subscription) -> AsyncIterator[JobEvent | None]:

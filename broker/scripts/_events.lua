@@ -1,4 +1,4 @@
--- Events: a request's log, its subscribers' reply streams, aborts to workers, and the budget of what is kept.
+-- Events: a request's log, its subscribers' reply streams, aborts to workers.
 
 local REPLIES_LENGTH = 1000
 local REPLIES_TTL_MS = 60000     -- a reply to a gateway that died must not leave a key behind for ever
@@ -51,28 +51,4 @@ local function send_abort(worker_id, request_id, reason, ms_since_final)
   redis.call('XADD', control_key(worker_id), 'MAXLEN', CONTROL_LENGTH, '*', 'request_id', request_id,
              'reason', reason, 'ms_since_final', ms_since_final or '')
   redis.call('PEXPIRE', control_key(worker_id), CONTROL_TTL_MS)
-end
-
-
--- The byte budget of kept results
-
-local function purge_kept()
-  for _, member in ipairs(redis.call('ZRANGEBYSCORE', kept_key(), '-inf', NOW_MS, 'LIMIT', 0, 200)) do
-    redis.call('ZREM', kept_key(), member)
-    redis.call('DECRBY', kept_bytes_key(), string.match(member, ':(%d+)$'))
-  end
-  if redis.call('EXISTS', kept_key()) == 0 and redis.call('EXISTS', kept_bytes_key()) == 1 then
-    redis.call('DEL', kept_bytes_key())
-  end
-end
-
-local function count_kept(job, num_bytes)
-  purge_kept()
-  redis.call('ZADD', kept_key(), NOW_MS + job.keep_ms, job.id .. ':' .. num_bytes)
-  redis.call('INCRBY', kept_bytes_key(), num_bytes)
-  -- Both end at the same moment, after the last result: a counter can't outlive what it counts.
-  local last = redis.call('ZRANGE', kept_key(), -1, -1, 'WITHSCORES')
-  local until_ms = tonumber(last[2]) + 1000
-  redis.call('PEXPIREAT', kept_key(), until_ms)
-  redis.call('PEXPIREAT', kept_bytes_key(), until_ms)
 end

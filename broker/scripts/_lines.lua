@@ -1,59 +1,78 @@
 -- Lines: per lane, model and owner a list of places. A place is 'r:' and a request, or 's:' and a session.
--- The ring of a lane holds each owner with a non-empty line once, in the order of their turns.
+-- The ring of a lane holds each owner with a non-empty line once. Its score is the owner's virtual time: the cost of
+-- all that it was served so far, divided by its weight. The least goes next (start-time fair queueing: Goyal, Vin and
+-- Cheng, SIGCOMM 1996, section 2), so owners share what the workers can do, not the number of requests.
 
 local MIN_READY_DEPTH = 4      -- least number of undelivered entries that top_up aims at
 local API_SHARE = 5              -- every 5th slot belongs to the API lane, however busy the live lane is
 local TURNS_TTL_MS = 3600000
 
+local function weight_of(owner)
+  return tonumber(redis.call('HGET', weights_key(), owner) or '1')
+end
+
+local function set_weight(owner, weight)
+  if weight == weight_of(owner) then return end
+  redis.call('HSET', weights_key(), owner, weight)
+end
+
+local function cost_of(place)
+  local kind, name = string.sub(place, 1, 2), string.sub(place, 3)
+  if kind == 's:' then name = redis.call('HGET', session_key(name), 'waiting') or '' end
+  return math.max(1, tonumber(redis.call('HGET', job_key(name), 'cost_us') or '1'))
+end
+
+-- Who was away comes back at the lane's clock (the virtual time of the last one served): nobody saves up turns. But it
+-- isn't ahead of what it was served before, or an owner with one request at a time would always be first.
+local function virtual_time(lane, model, owner)
+  local score = redis.call('ZSCORE', ring_key(lane, model), owner)
+  if score then return tonumber(score) end
+  local times = redis.call('HMGET', times_key(lane, model), '', owner)
+  return math.max(tonumber(times[1] or '0'), tonumber(times[2] or '0'))
+end
+
 local function push_place(model, lane, owner, place, to_front)
   local push = to_front and 'LPUSH' or 'RPUSH'
   if redis.call(push, line_key(lane, model, owner), place) == 1 then
-    redis.call(push, ring_key(lane, model), owner)
+    redis.call('ZADD', ring_key(lane, model), virtual_time(lane, model, owner), owner)
   end
+end
+
+local function leave_ring(model, lane, owner)
+  redis.call('ZREM', ring_key(lane, model), owner)
+  if redis.call('EXISTS', ring_key(lane, model)) == 0 then redis.call('DEL', times_key(lane, model)) end
 end
 
 local function remove_place(model, lane, owner, place)
   local line = line_key(lane, model, owner)
   redis.call('LREM', line, 1, place)
-  if redis.call('LLEN', line) == 0 then redis.call('LREM', ring_key(lane, model), 1, owner) end
+  if redis.call('EXISTS', line) == 0 then leave_ring(model, lane, owner) end
 end
 
-local function rotate(ring, lane, model, owner)
-  local weight = tonumber(redis.call('HGET', weights_key(), owner) or '1')
-  if weight > 1 then
-    local turns = turns_key(model)
-    local last = redis.call('HGET', turns, 'owner:' .. lane)
-    if last ~= owner then redis.call('HSET', turns, 'owner:' .. lane, owner, 'served:' .. lane, 0) end
-    if redis.call('HINCRBY', turns, 'served:' .. lane, 1) < weight then return end
-    redis.call('HSET', turns, 'served:' .. lane, 0)
-  end
-  redis.call('LMOVE', ring, ring, 'LEFT', 'RIGHT')
-end
-
--- Takes the next place of a lane: one (or `weight`) of each owner in turn.
+-- Takes the next place of a lane, and charges its owner.
 local function pop_place(model, lane)
-  local ring = ring_key(lane, model)
-  local owner = redis.call('LINDEX', ring, 0)
+  local ring, times = ring_key(lane, model), times_key(lane, model)
+  local owner, now = unpack(redis.call('ZRANGE', ring, 0, 0, 'WITHSCORES'))
   if not owner then return nil end
   local line = line_key(lane, model, owner)
   local place = redis.call('LPOP', line)
-  if redis.call('EXISTS', line) == 0 then
-    redis.call('LPOP', ring)
+  local after = tonumber(now) + cost_of(place) / weight_of(owner)
+  redis.call('HSET', times, '', now, owner, after)
+  redis.call('PEXPIRE', times, TURNS_TTL_MS)
+  if redis.call('EXISTS', line) == 1 then
+    redis.call('ZADD', ring, after, owner)
   else
-    rotate(ring, lane, model, owner)
+    leave_ring(model, lane, owner)
   end
   return place
 end
 
 local function pop_next_place(model)
-  local slot = tonumber(redis.call('HGET', turns_key(model), 'slot') or '0') + 1
+  local slot = tonumber(redis.call('GET', turns_key(model)) or '0') + 1
   local first, second = 'live', 'api'
   if slot % API_SHARE == 0 then first, second = 'api', 'live' end
   local place = pop_place(model, first) or pop_place(model, second)
-  if place then
-    redis.call('HSET', turns_key(model), 'slot', slot % API_SHARE)
-    redis.call('PEXPIRE', turns_key(model), TURNS_TTL_MS)
-  end
+  if place then redis.call('SET', turns_key(model), slot % API_SHARE, 'PX', TURNS_TTL_MS) end
   return place
 end
 
@@ -94,14 +113,17 @@ local function drop_entry(model, entry_id)
 end
 
 
--- How many stand before a place. Exact for equal weights and one lane; else a fair estimate.
-local function count_before_in_line(model, lane, owner, index)
-  local num_before, is_ahead = index, 1
-  for _, other in ipairs(redis.call('LRANGE', ring_key(lane, model), 0, -1)) do
-    if other == owner then
-      is_ahead = 0
-    else
-      num_before = num_before + math.min(redis.call('LLEN', line_key(lane, model, other)), index + is_ahead)
+-- How many of other owners' places go before the one at `index` of an owner's line, if all cost as much as this one.
+local function count_others_before(model, lane, owner, index, cost)
+  local num_before = 0
+  local own_time = virtual_time(lane, model, owner) + index * cost / weight_of(owner)
+  local ring = redis.call('ZRANGE', ring_key(lane, model), 0, -1, 'WITHSCORES')
+  for i = 1, #ring, 2 do
+    local other = ring[i]
+    local turns = (own_time - tonumber(ring[i + 1])) * weight_of(other) / cost
+    local num_turns = other < owner and math.floor(turns) + 1 or math.ceil(turns)
+    if other ~= owner and num_turns > 0 then
+      num_before = num_before + math.min(redis.call('LLEN', line_key(lane, model, other)), num_turns)
     end
   end
   return num_before
@@ -109,8 +131,26 @@ end
 
 local function count_live_waiting(model)
   local num_waiting = 0
-  for _, owner in ipairs(redis.call('LRANGE', ring_key('live', model), 0, -1)) do
+  for _, owner in ipairs(redis.call('ZRANGE', ring_key('live', model), 0, -1)) do
     num_waiting = num_waiting + redis.call('LLEN', line_key('live', model, owner))
   end
   return num_waiting
+end
+
+-- How many go before the place at `index` of an owner's line: its own, other owners', live ones, and the ready stream.
+local function count_before(model, lane, owner, index, cost)
+  local num_before = index + count_others_before(model, lane, owner, index, math.max(1, cost))
+  if lane == 'api' then
+    num_before = num_before + math.min(count_live_waiting(model), (API_SHARE - 1) * (num_before + 1))
+  end
+  return num_before + count_undelivered(model)
+end
+
+-- When a request with so many before it starts, in ms from now. Requests that find a free slot join the running batch
+-- at its next step; the others wait for as much work as stands before them, at what the queue costs on average.
+local function predict_start_ms(model, position, cost_us, num_slots)
+  local depth = get_depth(model)
+  local mean_us = depth.queued > 0 and depth.queued_us / depth.queued or cost_us
+  local num_free = math.max(0, num_slots - depth.running)
+  return math.max(0, position + 1 - num_free) * mean_us / 1000
 end

@@ -1,4 +1,4 @@
--- What the scripts share, in four files. Python puts the key functions (keys.py) and these before each script.
+-- What the scripts share, in five files. Python puts the key functions (keys.py) and these before each script.
 -- A script is one decision: Redis runs it whole or not at all, so no other client ever sees half of it.
 
 -- Hosts disagree about the time, so only Redis' clock counts. Scripts replicate their effects: TIME is allowed here.
@@ -15,22 +15,18 @@ end
 
 -- Requests and sessions as tables; `set_job` and `set_session` write through.
 
-local JOB_FIELDS = {'state', 'model', 'lane', 'owner', 'session', 'worker', 'entry_id', 'subscribers', 'flag',
-                    'finished_by', 'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'preview_seq',
-                    'preview_bytes', 'preview_mark'}
-local NUM_TEXT_FIELDS = 10
+local TEXT_FIELDS = {'state', 'model', 'lane', 'owner', 'session', 'worker', 'entry_id', 'subscribers', 'flag',
+                     'finished_by', 'preview_mark', 'claims', 'pointers'}
+local NUMBER_FIELDS = {'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'cache_ms', 'cost_us', 'num_slots',
+                       'result_bytes', 'preview_seq', 'preview_bytes'}
 
 local function load_job(request_id)
-  local values = redis.call('HMGET', job_key(request_id), unpack(JOB_FIELDS))
-  if not values[1] then return nil end
   local job = {id = request_id, key = job_key(request_id)}
-  for i, field in ipairs(JOB_FIELDS) do
-    if i <= NUM_TEXT_FIELDS or field == 'preview_mark' then
-      job[field] = values[i] or ''
-    else
-      job[field] = tonumber(values[i] or '0')
-    end
-  end
+  local texts = redis.call('HMGET', job.key, unpack(TEXT_FIELDS))
+  if not texts[1] then return nil end
+  local numbers = redis.call('HMGET', job.key, unpack(NUMBER_FIELDS))
+  for i, field in ipairs(TEXT_FIELDS) do job[field] = texts[i] or '' end
+  for i, field in ipairs(NUMBER_FIELDS) do job[field] = tonumber(numbers[i] or '0') end
   return job
 end
 
@@ -56,8 +52,23 @@ end
 
 local set_session = set_job
 
-local function change_depth(model, state, change)
-  if redis.call('HINCRBY', depth_key(model), state, change) > 0 then return end
-  local counts = redis.call('HMGET', depth_key(model), 'queued', 'running')
-  if tonumber(counts[1] or '0') <= 0 and tonumber(counts[2] or '0') <= 0 then redis.call('DEL', depth_key(model)) end
+local function is_unfinished(job)
+  return job.state == 'queued' or job.state == 'running'
+end
+
+
+-- How much is unfinished, and how much work waits.
+
+local function get_depth(model)
+  local counts = redis.call('HMGET', depth_key(model), 'queued', 'running', 'queued_us')
+  return {queued = tonumber(counts[1] or '0'), running = tonumber(counts[2] or '0'),
+          queued_us = tonumber(counts[3] or '0')}
+end
+
+local function change_depth(job, state, change)
+  local key = depth_key(job.model)
+  if state == 'queued' then redis.call('HINCRBY', key, 'queued_us', change * job.cost_us) end
+  if redis.call('HINCRBY', key, state, change) > 0 then return end
+  local depth = get_depth(job.model)
+  if depth.queued <= 0 and depth.running <= 0 then redis.call('DEL', key) end
 end

@@ -1,4 +1,4 @@
--- The life of a request: its place, its start, its one ending.
+-- The life of a request: its place, its start, its callers, its one ending.
 
 local MAX_ATTEMPTS = 3
 local STATES_TTL_MS = 60000      -- how long a log without pictures outlives its request
@@ -54,15 +54,18 @@ local function end_request(job, state, fields)
   if state == 'completed' then drop_preview(job) end
   local logged = keeps_pictures(job) and fields or {'event', fields[2]}
   append_event(job, fields, logged)
-  change_depth(job.model, job.state, -1)
+  change_depth(job, job.state, -1)
   if job.state == 'running' then drop_entry(job.model, job.entry_id) end
   set_job(job, {state = state, finished_by = job.worker, ended_ms = NOW_MS})
   if job.session ~= '' then forget_in_session(job) end
   if job.deadline_at_ms > 0 then redis.call('ZREM', deadlines_key(), job.id) end
-  local ttl_ms = job.keep_ms > 0 and job.keep_ms or STATES_TTL_MS
-  redis.call('PEXPIRE', job.key, ttl_ms)
-  redis.call('PEXPIRE', events_key(job.id), ttl_ms)
-  if keeps_pictures(job) then count_kept(job, size_of(logged) + job.preview_bytes) end
+  if state ~= 'completed' then drop_pointers(job) end
+  if keeps_pictures(job) then
+    if state ~= 'completed' then job.cache_ms = 0 end
+    store_result(job, size_of(logged) + job.preview_bytes)
+  else
+    keep_for(job, job.keep_ms > 0 and job.keep_ms or STATES_TTL_MS)
+  end
 end
 
 -- Ends a queued request wherever it stands: in a line, parked, or in the ready stream.
@@ -94,6 +97,25 @@ local function cancel_request(job)
     send_abort(job.worker, job.id, 'cancelled')
   end
   return job.state
+end
+
+
+-- Claims: the callers that want a request. Several may share one; it is cancelled when the last has given up.
+
+local function add_claim(job, claim)
+  if string.find('\n' .. job.claims .. '\n', '\n' .. claim .. '\n', 1, true) then return end
+  set_job(job, {claims = job.claims .. '\n' .. claim})
+end
+
+-- Whether nobody is left. Without a name the oldest claim goes.
+local function give_up(job, claim)
+  local left = {}
+  for other in string.gmatch(job.claims, '[^\n]+') do
+    if claim == '' then claim = other end
+    if other ~= claim then left[#left + 1] = other end
+  end
+  set_job(job, {claims = table.concat(left, '\n')})
+  return #left == 0
 end
 
 
@@ -135,8 +157,8 @@ end
 -- Makes `worker_id` the owner. An attempt counts here and only here: when the owner changes.
 local function start(job, worker_id, entry_id)
   if job.state == 'queued' then
-    change_depth(job.model, 'running', 1)
-    change_depth(job.model, 'queued', -1)
+    change_depth(job, 'running', 1)
+    change_depth(job, 'queued', -1)
   end
   set_job(job, {state = 'running', worker = worker_id, entry_id = entry_id, attempt = job.attempt + 1,
                 taken_ms = NOW_MS})
@@ -177,7 +199,5 @@ local function position_of(job)
     return math.max(0, #redis.call('XRANGE', ready_key(job.model), '-', entry_id) - 1 - pending[1])
   end
   local index = redis.call('LPOS', line_key(spot.lane, spot.model, spot.owner), place) or 0
-  local num_before = count_undelivered(job.model) + count_before_in_line(spot.model, spot.lane, spot.owner, index)
-  if spot.lane == 'api' then num_before = num_before + count_live_waiting(spot.model) end
-  return num_before
+  return count_before(spot.model, spot.lane, spot.owner, index, job.cost_us)
 end

@@ -6,8 +6,8 @@ go_on_without_memory()
 local function return_to_line(job)
   local entry_id = job.entry_id
   set_job(job, {state = 'queued', worker = '', entry_id = '', attempt = math.max(0, job.attempt - 1)})
-  change_depth(job.model, 'queued', 1)
-  change_depth(job.model, 'running', -1)
+  change_depth(job, 'queued', 1)
+  change_depth(job, 'running', -1)
   drop_entry(job.model, entry_id)
 end
 

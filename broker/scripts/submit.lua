@@ -1,60 +1,155 @@
 -- Admission, record, place in line, Accepted: all or nothing. `request_id` is the key: a client that lost the reply
--- calls again and gets the first call's answer. (Idempotency keys and deadline admission belong at the marked spot.)
-local request_id, job_json, model, lane, owner, gateway_id, session_name = unpack(ARGV, 1, 7)
-local keep_ms, deadline_ms, max_depth, max_result_bytes = unpack(ARGV, 8, 11)
+-- calls again and gets the first call's answer.
+local job_json, ask = ARGV[1], cjson.decode(ARGV[2])
+local model, lane, owner = ask.model, ask.lane, ask.owner
+local deadline_at_ms = ask.deadline_ms and NOW_MS + ask.deadline_ms or 0
 
-local answer = redis.call('HMGET', job_key(request_id), 'position', 'depth')
-if answer[1] then return {'accepted', answer[1], answer[2]} end
-
-end_expired()
-local session = session_name ~= '' and load_session(session_name) or nil
-local older = session and session.waiting ~= '' and load_job(session.waiting) or nil
-
--- Admission: limits here; an idempotency key's owner and the predicted wait against the deadline later.
-local counts = redis.call('HMGET', depth_key(model), 'queued', 'running')
-local depth = tonumber(counts[1] or '0') + tonumber(counts[2] or '0')
-local num_replaced = older and older.model == model and 1 or 0
-if depth - num_replaced >= tonumber(max_depth) then return {'full', depth} end
-if tonumber(keep_ms) > 0 and session_name == '' then
-  purge_kept()
-  local kept_bytes = tonumber(redis.call('GET', kept_bytes_key()) or '0')
-  if kept_bytes >= tonumber(max_result_bytes) then return {'store_full', kept_bytes} end
+local function answer(outcome, job)
+  local told = redis.call('HMGET', job.key, 'position', 'depth', 'start_ms')
+  return {outcome, job.id, unpack(told)}
 end
 
-local deadline_at_ms = deadline_ms ~= '' and NOW_MS + tonumber(deadline_ms) or 0
-redis.call('HSET', job_key(request_id), 'job', job_json, 'model', model, 'lane', lane, 'owner', owner,
-           'session', session_name, 'state', 'queued', 'attempt', 0, 'created_us', string.format('%.0f', NOW_US),
-           'deadline_at_ms', deadline_at_ms, 'keep_ms', keep_ms, 'subscribers', gateway_id)
-local job = load_job(request_id)
-change_depth(model, 'queued', 1)
-if deadline_at_ms > 0 then redis.call('ZADD', deadlines_key(), deadline_at_ms, request_id) end
-local accepted = make_event('accepted', request_id)
-append_event(job, accepted, accepted)
 
-if not session then
-  place_request(job)
-else
+-- Another request that answers this one too: the first one of the same idempotency key, or one of the same caller for
+-- the very same picture.
+
+local function is_worth_joining(job)
+  if job.state == 'completed' then return keeps_pictures(job) end
+  return is_unfinished(job) and job.flag ~= 'cancelled'
+end
+
+-- A request must not end by the earlier deadline of another.
+local function is_in_time(job)
+  if job.state == 'completed' or job.deadline_at_ms == 0 then return true end
+  return deadline_at_ms > 0 and deadline_at_ms <= job.deadline_at_ms
+end
+
+local function find_repeated()
+  local value = ask.idempotency_key and redis.call('GET', idempotency_key(owner, ask.idempotency_key))
+  if not value then return nil end
+  local request_id, fingerprint = string.match(value, '^(%S+) (%S+)$')
+  local job = load_job(request_id)
+  if not job or not is_worth_joining(job) then return nil end
+  return job, fingerprint == ask.fingerprint and 'repeated' or 'conflict'
+end
+
+local function find_same()
+  local request_id = ask.cache_key and redis.call('GET', same_key(ask.cache_key))
+  local job = request_id and load_job(request_id)
+  if not job or not is_worth_joining(job) or not is_in_time(job) then return nil end
+  return job, job.state == 'completed' and 'cached' or 'joined'
+end
+
+local function point(job, pointer, value)
+  redis.call('SET', pointer, value)
+  set_job(job, {pointers = job.pointers .. '\n' .. pointer})
+end
+
+local function link_to(job)
+  if not ask.idempotency_key then return end
+  point(job, idempotency_key(owner, ask.idempotency_key), job.id .. ' ' .. ask.fingerprint)
+end
+
+local function join(job, outcome)
+  if outcome ~= 'repeated' then link_to(job) end
+  if is_unfinished(job) then
+    add_claim(job, ask.request_id)
+    set_job(job, {keep_ms = math.max(job.keep_ms, ask.keep_ms)})
+  else
+    promise_result(job, ask.keep_ms)
+  end
+  return answer(outcome, job)
+end
+
+
+-- Admission
+
+local function refuse(num_replaced)
+  local depth = get_depth(model)
+  if depth.queued + depth.running - num_replaced >= ask.max_depth then
+    return {'full', depth.queued + depth.running, math.ceil(depth.queued_us / 1000)}
+  end
+  if ask.keep_ms > 0 and not ask.session then
+    local kept_bytes = make_room(ask.max_result_bytes)
+    if kept_bytes >= ask.max_result_bytes then return {'store_full', kept_bytes, time_to_room_ms(ask.max_result_bytes)} end
+  end
+  return nil
+end
+
+-- How long the request runs: longer, the more others share its batch.
+local function predict_run_ms()
+  local fullness = math.min(1, (get_depth(model).running + 1) / math.max(1, ask.num_slots))
+  return ask.alone_ms + (ask.full_ms - ask.alone_ms) * fullness
+end
+
+local function predict()
+  local position = count_before(model, lane, owner, redis.call('LLEN', line_key(lane, model, owner)), ask.cost_us)
+  return position, predict_start_ms(model, position, ask.cost_us, ask.num_slots)
+end
+
+
+-- A place for it
+
+local function place_in_session(job, session, older)
   redis.call('PERSIST', session.key)
-  if older then end_request(older, 'superseded', make_event('superseded', older.id, {by = request_id})) end
-  set_session(session, {waiting = request_id})
+  if older then end_request(older, 'superseded', make_event('superseded', older.id, {by = job.id})) end
+  set_session(session, {waiting = job.id})
   if is_running(session.running) then
     -- Parked: it gets a place when the running one ends. Whether stopping that one is worth it, its worker knows.
     local running = load_job(session.running)
     local last_ms = tonumber(session.last_final_ms)
     send_abort(running.worker, running.id, 'newer', last_ms and NOW_MS - last_ms or '')
-  else
-    set_session(session, {running = ''})
-    local is_same_line = session.model == model and session.lane == lane and session.owner == owner
-    if session.place == '' or not is_same_line then
-      leave_line(session)
-      place_session(session, job)
-    end
-    -- Else it inherits the older one's place, in the line or already in the ready stream.
+    return
   end
+  set_session(session, {running = ''})
+  local is_same_line = session.model == model and session.lane == lane and session.owner == owner
+  if session.place == '' or not is_same_line then
+    leave_line(session)
+    place_session(session, job)
+  end
+  -- Else it inherits the older one's place, in the line or already in the ready stream.
 end
 
-local position = position_of(job)
+local function write_record()
+  redis.call('HSET', job_key(ask.request_id), 'job', job_json, 'model', model, 'lane', lane, 'owner', owner,
+             'session', ask.session or '', 'state', 'queued', 'attempt', 0, 'created_us', string.format('%.0f', NOW_US),
+             'deadline_at_ms', deadline_at_ms, 'keep_ms', ask.keep_ms, 'cache_ms', ask.cache_ms,
+             'cost_us', ask.cost_us, 'num_slots', ask.num_slots, 'subscribers', ask.gateway_id or '', 'claims', ask.request_id)
+  return load_job(ask.request_id)
+end
+
+
+local known = load_job(ask.request_id)
+if known then return answer('new', known) end
+end_expired()
+local twin, outcome = find_repeated()
+if not twin then twin, outcome = find_same() end
+if outcome == 'conflict' then return {'conflict'} end
+if twin then return join(twin, outcome) end
+
+local session = ask.session and load_session(ask.session) or nil
+local older = session and session.waiting ~= '' and load_job(session.waiting) or nil
+local num_replaced = older and older.model == model and 1 or 0
+local refusal = refuse(num_replaced)
+if refusal then return refusal end
+local position, start_ms = predict()
+-- A session's newest takes over the place of an older one, so its wait is not that of a new place.
+local is_alone = not session or (session.place == '' and session.running == '')
+if ask.deadline_ms and is_alone and start_ms + predict_run_ms() > ask.deadline_ms then
+  return {'late', math.ceil(start_ms + predict_run_ms())}
+end
+
+set_weight(owner, ask.weight)
+local job = write_record()
+change_depth(job, 'queued', 1)
+if deadline_at_ms > 0 then redis.call('ZADD', deadlines_key(), deadline_at_ms, job.id) end
+link_to(job)
+if ask.cache_key then point(job, same_key(ask.cache_key), job.id) end
+local accepted = make_event('accepted', job.id)
+append_event(job, accepted, accepted)
+if session then place_in_session(job, session, older) else place_request(job) end
+if session then position = position_of(job) end
 top_up(model)
-depth = depth + 1 - num_replaced
-redis.call('HSET', job.key, 'position', position, 'depth', depth)
-return {'accepted', position, depth}
+local depth = get_depth(model)
+redis.call('HSET', job.key, 'position', position, 'depth', depth.queued + depth.running, 'start_ms', math.ceil(start_ms))
+return answer('new', job)

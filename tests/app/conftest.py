@@ -56,7 +56,10 @@ def start_api(redis_url: str) -> StartApi:
     @asynccontextmanager
     async def start(*, has_worker: bool = True, prefix: str | None = None, **overrides: Any) -> AsyncIterator[Api]:
         prefix = prefix or f"test-{uuid.uuid4().hex[:8]}"
-        options = {"port": 0, "log_level": "warning", "redis_url": redis_url, **overrides}
+        has_keys = "api_keys" in overrides or "api_keys_file" in overrides
+        defaults = {"port": 0, "log_level": "warning", "redis_url": redis_url, "allow_anonymous": not has_keys}
+        # Without the cache: most tests ask for the same picture again, and want it drawn again.
+        options = defaults | {"cache_s": 0} | overrides
         settings = GatewaySettings.load(redis_prefix=prefix, **options)
         painter = Painter(settings.redis_url, prefix)
         async with contextlib.AsyncExitStack() as stack:

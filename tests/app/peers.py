@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import struct
 import uuid
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from broker.messages import (
     Cancelled,
     Completed,
     Delivery,
+    Expired,
     Failed,
     ImageFormat,
     JobError,
@@ -46,8 +48,18 @@ def color_of(params: SamplingParams, index: int) -> tuple[int, int, int]:
     return (params.seed + index) % 256, len(params.prompt) % 256, params.num_inference_steps
 
 
+def end_of(delivery: Delivery) -> float:
+    """When its deadline passes, by the loop's clock."""
+    if delivery.job.deadline_ms is None:
+        return math.inf
+    return asyncio.get_running_loop().time() + (delivery.job.deadline_ms - delivery.waited_ms) / 1000
+
+
 class Painter:
-    """A worker. `gate` holds every request before its first step while it is cleared; `fail_with` makes all fail."""
+    """A worker. `gate` holds every request before its next step while it is cleared; `fail_with` makes all fail.
+
+    It takes whatever there is, unless `max_running` bounds what it holds, as a real worker's batch does.
+    """
 
     def __init__(self, url: str, prefix: str) -> None:
         self.worker_id = f"painter-{uuid.uuid4().hex[:8]}"
@@ -56,6 +68,7 @@ class Painter:
         self.step_s = 0.002
         self.fail_with: JobError | None = None
         self.max_batch_size = 8
+        self.max_running: int | None = None
         self.model = MODEL
         self.deliveries: list[Delivery] = []
         self.endings: list[TerminalEvent] = []
@@ -69,15 +82,19 @@ class Painter:
             running: set[asyncio.Task[None]] = set()
             while True:
                 raise_if_cancelled()
-                for delivery in await self._receive():
+                for delivery in await self._receive(len(running)):
                     self.deliveries.append(delivery)
                     task = tasks.create_task(self._paint(delivery))
                     running.add(task)
                     task.add_done_callback(running.discard)
 
-    async def _receive(self) -> list[Delivery]:
+    async def _receive(self, num_running: int) -> list[Delivery]:
+        num_free = self.max_batch_size if self.max_running is None else self.max_running - num_running
         try:
-            return await self._broker.receive(self.worker_id, self.model, self.max_batch_size, 50)
+            if num_free > 0:
+                return await self._broker.receive(self.worker_id, self.model, min(num_free, self.max_batch_size), 50)
+            await asyncio.sleep(0.005)
+            return []
         except BrokerUnavailable:
             await asyncio.sleep(0.02)
             return []
@@ -104,8 +121,11 @@ class Painter:
 
     async def _paint(self, delivery: Delivery) -> None:
         request_id, params = delivery.job.request_id, delivery.job.params
+        end_s = end_of(delivery)
         for step in range(1, params.num_inference_steps + 1):
-            await self._wait(request_id)
+            await self._wait(request_id, end_s)
+            if asyncio.get_running_loop().time() >= end_s:
+                return await self._finish(Expired(request_id))
             if request_id in self._aborted:
                 return await self._finish(self._stopped(request_id))
             if params.previews and step < params.num_inference_steps:
@@ -114,9 +134,10 @@ class Painter:
             return await self._finish(Failed(request_id, self.fail_with))
         return await self._finish(self._complete(delivery))
 
-    async def _wait(self, request_id: str) -> None:
+    async def _wait(self, request_id: str, end_s: float) -> None:
+        clock = asyncio.get_running_loop().time
         await asyncio.sleep(self.step_s)
-        while not self.gate.is_set() and request_id not in self._aborted:  # noqa: ASYNC110
+        while not self.gate.is_set() and request_id not in self._aborted and clock() < end_s:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
     def _stopped(self, request_id: str) -> TerminalEvent:

@@ -11,7 +11,7 @@ import websockets
 from starlette.websockets import WebSocket, WebSocketState
 from websockets.asyncio.client import ClientConnection
 
-from app.callers import ANONYMOUS
+from app.live_access import Door
 from app.live_protocol import SUBPROTOCOL, CloseCode
 from app.live_session import LiveSession
 from broker.messages import JobError
@@ -340,8 +340,10 @@ async def test_a_reader_that_stops_is_dropped(start_api: StartApi) -> None:
         await asyncio.Event().wait()
 
     async with start_api(live_send_timeout_s=0.1) as api:
-        websocket = WebSocket({"type": "websocket", "path": "/v1/live", "headers": []}, never, never)
+        websocket = WebSocket(
+            {"type": "websocket", "path": "/v1/live", "headers": [], "query_string": b""}, never, never
+        )
         websocket.client_state = websocket.application_state = WebSocketState.CONNECTED
         async with asyncio.timeout(10):
-            await LiveSession(websocket, api.gateway, "session", ANONYMOUS).run()
+            await LiveSession(websocket, api.gateway, "session", Door(websocket, api.gateway)).run()
         assert not api.gateway.live_sockets

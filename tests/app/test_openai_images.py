@@ -153,7 +153,7 @@ async def test_a_wait_that_is_too_long_ends(start_api: StartApi) -> None:
         api.painter.gate.clear()
         with pytest.raises(openai.InternalServerError) as late:
             await client.with_options(max_retries=2).images.generate(prompt="a red apple")
-        assert (late.value.status_code, late.value.code) == (504, "timeout")
+        assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
         await until(lambda: bool(api.painter.endings))
 
 
@@ -234,3 +234,27 @@ async def test_leaving_a_stream_cancels(api: Api) -> None:
 def test_partials_are_spread_over_the_steps(num_partials: int, num_steps: int, expected: list[int]) -> None:
     picker = PartialPicker(num_partials, num_steps)
     assert [step for step in range(1, num_steps) if picker.pick(step) is not None] == expected
+
+
+@pytest.mark.parametrize(
+    ("quality", "steps"),
+    [
+        (None, 4),
+        ("auto", 4),
+        ("low", 2),
+        ("medium", 4),
+        ("standard", 4),
+        ("high", 8),
+        ("hd", 8),
+        ("xhigh", 12),
+        ("max", 20),
+    ],
+)
+async def test_quality_is_steps(api: Api, client: AsyncOpenAI, quality: Any, steps: int) -> None:
+    await client.images.generate(prompt="a red apple", quality=quality)
+    assert api.painter.deliveries[-1].job.params.num_inference_steps == steps
+
+
+async def test_steps_win_over_quality(api: Api, client: AsyncOpenAI) -> None:
+    await client.images.generate(prompt="a red apple", quality="max", extra_body={"num_inference_steps": 1})
+    assert api.painter.deliveries[-1].job.params.num_inference_steps == 1

@@ -23,7 +23,7 @@ def gateway(**variables: str) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", "gateway"],
-        env=environment | variables,
+        env=environment | {"FEWSTEP_ALLOW_ANONYMOUS": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,8 +66,8 @@ def test_a_port_in_use(redis_url: str) -> None:
             assert output.count("\n") == 1
 
 
-def test_an_open_host() -> None:
-    with gateway(FEWSTEP_HOST="0.0.0.0") as process:
+def test_nobody_has_said_who_may_come_in() -> None:
+    with gateway(FEWSTEP_ALLOW_ANONYMOUS="0") as process:
         output, _ = process.communicate(timeout=START_S)
         assert process.returncode == 78
         assert "FEWSTEP_ALLOW_ANONYMOUS=1" in output

@@ -8,7 +8,8 @@ from uuid import uuid4
 from redis.asyncio import Redis
 
 from broker.messages import Completed, Delivery, Job, Picture, Preview, SamplingParams, Timings
-from broker.redis_broker import Limits, RedisBroker
+from broker.redis_broker import RedisBroker
+from broker.terms import Limits
 
 MODEL = "small"
 NO_LIMITS = Limits(max_depth=100_000)

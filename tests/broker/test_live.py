@@ -9,7 +9,8 @@ from redis.asyncio import Redis
 
 from broker.errors import QueueFull
 from broker.messages import Abort, Cancelled, Completed, Expired, Failed, LoggedEvent, Superseded
-from broker.redis_broker import Limits, RedisBroker
+from broker.redis_broker import RedisBroker
+from broker.terms import Limits
 from tests.broker.helpers import (
     MODEL,
     NO_LIMITS,

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
@@ -31,6 +31,7 @@ from redis.exceptions import ResponseError
 from broker.connections import connect_for_commands
 from broker.messages import TERMINAL_STATES, Cancelled, Delivery
 from broker.redis_broker import RedisBroker
+from broker.terms import Forecast, Terms
 from tests.broker.helpers import (
     MODEL,
     NO_LIMITS,
@@ -44,6 +45,7 @@ from tests.broker.helpers import (
 
 NUM_WORKERS = 3
 MODELS = [MODEL, "other"]
+IN_TIME = Terms(forecast=Forecast(num_slots=10**6))  # even a deadline of 0 ms is not refused
 slots = st.integers(0, NUM_WORKERS - 1)
 models = st.sampled_from(MODELS)
 
@@ -60,6 +62,12 @@ class Request:
     attempt: int = 0
     is_flagged: bool = False
     is_overdue: bool = False
+    num_claims: int = 1
+
+    @property
+    def can_be_joined(self) -> bool:
+        is_under_way = self.state in ("queued", "running") and not self.is_flagged and not self.is_overdue
+        return is_under_way or self.state == "completed"
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -74,6 +82,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.broker = RedisBroker(self.redis_url, prefix=self.prefix)
         self.redis = connect_for_commands(self.redis_url)
         self.requests: dict[str, Request] = {}
+        self.newest: dict[str, str] = {}
+        self.num_submits = 0
         self.worker_ids: list[str] = []
         self.believed: dict[str, list[str]] = {}
 
@@ -98,13 +108,29 @@ class QueueMachine(RuleBasedStateMachine):
 
     # What callers do
 
-    @rule(model=models, owner=st.sampled_from("ab"), deadline_ms=st.sampled_from([None, None, None, 0]))
-    def submit(self, model: str, owner: str, deadline_ms: int | None) -> None:
+    @rule(
+        model=models,
+        owner=st.sampled_from("ab"),
+        deadline_ms=st.sampled_from([None, None, None, 0]),
+        picture=st.sampled_from([None, None, "apple", "pear"]),
+    )
+    def submit(self, model: str, owner: str, deadline_ms: int | None, picture: str | None) -> None:
+        """Requests for the same picture share one request while that may still be an answer."""
         self.expire_in_model()
-        request = Request(f"r{len(self.requests)}", None, model, is_overdue=deadline_ms == 0)
-        self.requests[request.request_id] = request
+        request = Request(f"r{self.num_submits}", None, model, is_overdue=deadline_ms == 0)
+        self.num_submits += 1
+        cache_key = picture and f"{picture} of {owner} by {model}"
+        twin = self.requests.get(self.newest.get(cache_key or "", ""))
         job = api_job(request.request_id, model=model, owner=owner, deadline_ms=deadline_ms)
-        self.run(self.broker.submit(job, NO_LIMITS))
+        submitted = self.run(self.broker.submit(job, NO_LIMITS, replace(IN_TIME, cache_key=cache_key)))
+        if twin and twin.can_be_joined:
+            twin.num_claims += twin.state != "completed"
+            assert (submitted.request_id, submitted.origin != "new") == (twin.request_id, True)
+            return
+        assert (submitted.request_id, submitted.origin) == (request.request_id, "new")
+        self.requests[request.request_id] = request
+        if cache_key:
+            self.newest[cache_key] = request.request_id
 
     @rule(
         model=models,
@@ -114,12 +140,13 @@ class QueueMachine(RuleBasedStateMachine):
     )
     def submit_live(self, model: str, session: str, owner: str, deadline_ms: int | None) -> None:
         self.expire_in_model()
-        request = Request(f"r{len(self.requests)}", session, model, is_overdue=deadline_ms == 0)
+        request = Request(f"r{self.num_submits}", session, model, is_overdue=deadline_ms == 0)
+        self.num_submits += 1
         for older in self.of_session(session, "queued"):
             older.state = "superseded"
         self.requests[request.request_id] = request
         job = live_job(request.request_id, session=session, model=model, owner=owner, deadline_ms=deadline_ms)
-        self.run(self.broker.submit(job, NO_LIMITS))
+        self.run(self.broker.submit(job, NO_LIMITS, IN_TIME))
 
     def expire_in_model(self) -> None:
         for request in self.in_state("queued"):
@@ -137,7 +164,10 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(list(self.requests.values())))
-        self.cancel_in_model(request)
+        if request.state in ("queued", "running"):
+            request.num_claims = max(0, request.num_claims - 1)
+        if request.num_claims == 0:
+            self.cancel_in_model(request)
         assert self.run(self.broker.cancel(request.request_id)) == request.state
 
     @rule(session=st.sampled_from("xyz"))

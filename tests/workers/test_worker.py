@@ -20,8 +20,9 @@ from PIL import Image
 from broker.embedded import EmbeddedRedis
 from broker.errors import RequestNotFound
 from broker.messages import Cancelled, Completed, Expired, Failed, Job, JobEvent, Preview, Started, TerminalEvent
-from broker.redis_broker import Limits, RedisBroker
+from broker.redis_broker import RedisBroker
 from broker.settings import SettingsError
+from broker.terms import Limits
 from models.loading import LoadError
 from tests.jobs import make_job, make_warm
 from tests.service import spawn

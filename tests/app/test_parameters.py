@@ -4,20 +4,11 @@ from typing import Any
 
 import pytest
 
-from app.admission import (
-    Defaults,
-    check_size_text,
-    complete,
-    cost_per_request_ms,
-    draw_seed,
-    find_warnings,
-    predict_wait_ms,
-)
 from app.errors import InvalidRequest
+from app.parameters import Defaults, check_size_text, complete, draw_seed, find_warnings
 from app.schemas import GenerationFields
-from broker.messages import MAX_SEED, WorkerInfo
+from broker.messages import MAX_SEED
 from models.catalog import ModelSpec, load_catalog
-from tests.jobs import make_warm
 
 DEFAULTS = Defaults(output_format="jpeg")
 
@@ -106,19 +97,3 @@ def test_a_negative_prompt_without_guidance_is_told(spec: ModelSpec) -> None:
     assert "no effect" in find_warnings(complete(fields(negative_prompt="blur"), spec, DEFAULTS), spec)[0]
     assert not find_warnings(complete(fields(negative_prompt="blur", guidance_scale=2), spec, DEFAULTS), spec)
     assert not find_warnings(complete(fields(negative_prompt=""), spec, DEFAULTS), spec)
-
-
-def worker(num_running: int = 0, model: str = "mini-lcm", state: Any = "ready") -> WorkerInfo:
-    warm = make_warm(model)
-    return WorkerInfo("w", state, "cpu", "float32", (warm,), num_running)
-
-
-def test_the_predicted_wait_grows_with_the_queue(spec: ModelSpec) -> None:
-    assert cost_per_request_ms(worker().warm_models[0], num_steps=4) == 1 + 4 * 5 + 2
-    assert predict_wait_ms([], spec, 0) is None
-    assert predict_wait_ms([worker(state="draining")], spec, 0) is None
-    assert predict_wait_ms([worker(model="other")], spec, 0) is None
-    assert predict_wait_ms([worker()], spec, 7) == 0
-    assert predict_wait_ms([worker(num_running=8)], spec, 0) == 23
-    assert predict_wait_ms([worker(num_running=8)], spec, 9) == 230
-    assert predict_wait_ms([worker(num_running=8), worker(num_running=8)], spec, 9) == 115

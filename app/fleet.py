@@ -1,0 +1,77 @@
+"""The live workers as the gateway knows them, and what their measured costs say of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+
+from broker.messages import SamplingParams, WarmModel, WorkerInfo, cost_at
+from broker.redis_broker import RedisBroker
+from broker.terms import Forecast
+from models.catalog import ModelSpec
+
+WORKERS_CACHE_S = 1.0
+
+
+class Fleet:
+    """The live workers, asked for at most once a second however many requests come."""
+
+    def __init__(self, broker: RedisBroker) -> None:
+        self._broker = broker
+        self._lock = asyncio.Lock()
+        self._workers: list[WorkerInfo] = []
+        self._fresh_until = 0.0
+
+    async def workers(self) -> list[WorkerInfo]:
+        async with self._lock:
+            if time.monotonic() >= self._fresh_until:
+                self._workers = await self._broker.workers()
+                self._fresh_until = time.monotonic() + WORKERS_CACHE_S
+            return self._workers
+
+
+def find_warm(workers: Iterable[WorkerInfo], model: str) -> list[tuple[WorkerInfo, WarmModel]]:
+    """The ready workers that hold `model` warm."""
+    return [
+        (worker, warm)
+        for worker in workers
+        if worker.state == "ready"
+        for warm in worker.warm_models
+        if warm.model == model
+    ]
+
+
+def make_forecast(workers: Iterable[WorkerInfo], params: SamplingParams, spec: ModelSpec) -> Forecast:
+    """From the workers' cost tables, for the request's own size, steps, guidance and pictures.
+
+    Work adds up over the workers by their speeds; how long it runs is their mean, weighted by how much each of them
+    takes. `spec` must be warm on one of them.
+    """
+    costs = [_cost_on(warm, params, spec) for _, warm in find_warm(workers, spec.name)]
+    speeds = [1 / cost.work_ms for cost in costs]
+    return Forecast(
+        work_ms=1 / sum(speeds),
+        alone_ms=sum(speed * cost.alone_ms for speed, cost in zip(speeds, costs, strict=True)) / sum(speeds),
+        full_ms=sum(speed * cost.full_ms for speed, cost in zip(speeds, costs, strict=True)) / sum(speeds),
+        num_slots=sum(cost.num_slots for cost in costs),
+    )
+
+
+def _cost_on(warm: WarmModel, params: SamplingParams, spec: ModelSpec) -> Forecast:
+    """The same for one worker. In a full batch the request pays for its rows only, but waits for all of them."""
+    costs = warm.find_costs(params.width, params.height)
+    num_rows = spec.num_rows(params.num_images, params.guidance_scale)
+    full = max(costs.max_rows, num_rows)
+
+    def run_ms(rows: int, images: int) -> float:
+        steps_ms = params.num_inference_steps * cost_at(costs.step_ms, rows)
+        return warm.text_ms + steps_ms + cost_at(costs.decode_ms, images)
+
+    full_ms = run_ms(full, max(costs.max_rows, params.num_images))
+    return Forecast(
+        work_ms=max(0.01, warm.text_ms + (full_ms - warm.text_ms) * num_rows / full),
+        alone_ms=run_ms(num_rows, params.num_images),
+        full_ms=full_ms,
+        num_slots=max(1, costs.max_rows // num_rows),
+    )

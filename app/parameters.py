@@ -1,0 +1,160 @@
+"""A body becomes complete sampling parameters: every default filled in, every limit checked against the model."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from app.errors import invalid
+from app.schemas import GenerationFields, LoraChoice
+from broker.messages import MAX_SEED, Decoder, ImageFormat, LoraWeight, SamplingParams
+from models.catalog import ModelSpec, Size
+
+DEFAULT_QUALITY = 85
+
+
+def draw_seed(num_images: int = 1) -> int:
+    return secrets.randbelow(MAX_SEED - num_images + 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a route fills in where neither the request nor the model says anything.
+
+    `seed` None draws one per request. `decoder` is what "auto" means; a model without a tiny decoder has only "full".
+    """
+
+    output_format: ImageFormat
+    output_quality: int = DEFAULT_QUALITY
+    previews: bool = False
+    decoder: Decoder = "full"
+    seed: int | None = None
+
+
+def complete(fields: GenerationFields, spec: ModelSpec, defaults: Defaults) -> SamplingParams:
+    """Every field filled in and checked against the model. Raises InvalidRequest that names the field."""
+    num_images = _check_num_images(fields.num_images or 1, spec)
+    width, height = _choose_size(fields.width, fields.height, spec)
+    return SamplingParams(
+        prompt=_check_prompt(fields.prompt, spec),
+        negative_prompt=_check_length("negative_prompt", fields.negative_prompt, spec),
+        width=width,
+        height=height,
+        num_inference_steps=check_steps("num_inference_steps", fields.num_inference_steps, spec),
+        guidance_scale=_check_guidance(fields.guidance_scale, spec),
+        seed=_choose_seed(fields.seed, num_images, defaults),
+        scheduler=_check_scheduler(fields.scheduler, spec),
+        num_images=num_images,
+        decoder=choose_decoder("decoder", fields.decoder, spec, defaults.decoder),
+        output_format=fields.output_format or defaults.output_format,
+        output_quality=fields.output_quality or defaults.output_quality,
+        previews=defaults.previews if fields.previews is None else fields.previews,
+        metadata=fields.metadata is not False,
+        loras=_check_loras(fields.loras or [], spec),
+    )
+
+
+def earliest(*deadlines_ms: int | None) -> int | None:
+    return min((deadline_ms for deadline_ms in deadlines_ms if deadline_ms is not None), default=None)
+
+
+def find_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
+    """What is accepted but has no effect."""
+    if not params.negative_prompt or spec.is_guided(params.guidance_scale):
+        return ()
+    if spec.guidance_embedded:
+        return (f"negative_prompt has no effect: {spec.name} reads the guidance scale itself",)
+    return (f"negative_prompt has no effect: guidance_scale is {params.guidance_scale:g} and must be above 1",)
+
+
+def _check_prompt(prompt: str, spec: ModelSpec) -> str:
+    if not prompt.strip():
+        raise invalid("prompt", prompt, "it must say something")
+    _check_length("prompt", prompt, spec)
+    return prompt
+
+
+def _check_length(param: str, text: str | None, spec: ModelSpec) -> str | None:
+    if text is not None and len(text) > spec.max_prompt_chars:
+        allowed = f"{spec.name} takes at most {spec.max_prompt_chars} characters, it has {len(text)}"
+        raise invalid(param, text, allowed, code="text_too_long")
+    return text
+
+
+def _check_num_images(num_images: int, spec: ModelSpec) -> int:
+    if num_images > spec.max_num_images:
+        raise invalid("num_images", num_images, f"{spec.name} allows 1 to {spec.max_num_images}")
+    return num_images
+
+
+def _choose_size(width: int | None, height: int | None, spec: ModelSpec) -> Size:
+    """The first listed size that fits what is given: the model's default where nothing is."""
+    fitting = [size for size in spec.sizes if width in (None, size[0]) and height in (None, size[1])]
+    if fitting:
+        return fitting[0]
+    param = "width" if width is not None and all(width != size[0] for size in spec.sizes) else "height"
+    asked = f"{width}x{height}" if width is not None and height is not None else width or height
+    raise invalid(param, asked, f"sizes of {spec.name}: {list_sizes(spec)}", code="unsupported_size")
+
+
+def list_sizes(spec: ModelSpec) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in spec.sizes)
+
+
+def check_steps(param: str, steps: int | None, spec: ModelSpec) -> int:
+    allowed = spec.num_inference_steps
+    if steps is not None and not allowed.min <= steps <= allowed.max:
+        raise invalid(param, steps, f"{spec.name} allows {allowed.min} to {allowed.max}")
+    return allowed.default if steps is None else steps
+
+
+def _check_guidance(guidance_scale: float | None, spec: ModelSpec) -> float:
+    allowed = spec.guidance_scale
+    if guidance_scale is not None and not allowed.min <= guidance_scale <= allowed.max:
+        raise invalid("guidance_scale", guidance_scale, f"{spec.name} allows {allowed.min:g} to {allowed.max:g}")
+    return allowed.default if guidance_scale is None else float(guidance_scale)
+
+
+def _check_scheduler(scheduler: str | None, spec: ModelSpec) -> str:
+    if scheduler is not None and scheduler not in spec.schedulers:
+        raise invalid("scheduler", scheduler, f"{spec.name} has {', '.join(spec.schedulers)}")
+    return scheduler or spec.default_scheduler
+
+
+def choose_decoder(param: str, choice: str | None, spec: ModelSpec, auto: Decoder) -> Decoder:
+    match choice:
+        case "full":
+            return "full"
+        case "tiny":
+            if not spec.tiny_vae:
+                raise invalid(param, choice, f"{spec.name} has only the full decoder")
+            return "tiny"
+        case _:
+            return auto if spec.tiny_vae else "full"
+
+
+def _choose_seed(seed: int | None, num_images: int, defaults: Defaults) -> int:
+    if seed is None:
+        seed = defaults.seed
+    if seed is None:
+        return draw_seed(num_images)
+    if seed + num_images - 1 > MAX_SEED:
+        raise invalid("seed", seed, f"image i is drawn from seed + i, which must stay within {MAX_SEED}")
+    return seed
+
+
+def _check_loras(loras: list[LoraChoice], spec: ModelSpec) -> tuple[LoraWeight, ...]:
+    if loras:
+        raise invalid("loras", loras[0].name, f"{spec.name} offers no style LoRAs", code="lora_not_found")
+    return ()
+
+
+def check_size_text(size: str | None, spec: ModelSpec) -> Size:
+    """OpenAI's `size`: "WIDTHxHEIGHT", or "auto" for the model's default."""
+    if size in (None, "auto"):
+        return spec.default_size
+    for width, height in spec.sizes:
+        if size == f"{width}x{height}":
+            return width, height
+    message = f"sizes of {spec.name}: auto, {list_sizes(spec)}"
+    raise invalid("size", size, message, code="unsupported_size")

@@ -1,0 +1,82 @@
+"""Deadlines are kept or refused: admission by the predicted wait."""
+
+from __future__ import annotations
+
+import pytest
+
+from broker.errors import QueueFull, TooLate
+from broker.redis_broker import RedisBroker
+from broker.terms import Forecast, Limits, Terms
+from tests.broker.helpers import NO_LIMITS, api_job, completed, live_job, receive_now
+
+# One request takes 10 ms of the workers; it runs for 100 ms alone and for 300 ms in a batch of ten.
+FORECAST = Forecast(work_ms=10, alone_ms=100, full_ms=300, num_slots=10)
+TERMS = Terms(forecast=FORECAST)
+
+
+async def fill(broker: RedisBroker, num_running: int, num_queued: int, terms: Terms = TERMS) -> None:
+    for _ in range(num_running + num_queued):
+        await broker.submit(api_job(owner="other"), NO_LIMITS, terms)
+    while num_running:
+        num_running -= len(await receive_now(broker, "filler", num_running))
+
+
+async def test_an_empty_service_starts_at_once(broker: RedisBroker) -> None:
+    submitted = await broker.submit(api_job(deadline_ms=130), NO_LIMITS, TERMS)
+    assert (submitted.position, submitted.start_ms) == (0, 0)
+
+
+async def test_a_deadline_below_the_time_to_draw_is_refused(broker: RedisBroker) -> None:
+    with pytest.raises(TooLate) as caught:
+        await broker.submit(api_job(deadline_ms=110), NO_LIMITS, TERMS)
+    assert (caught.value.finish_ms, caught.value.deadline_ms) == (120, 110)  # one of ten slots: a tenth of the way
+    assert await broker.depths(["small"]) == {"small": {"queued": 0, "running": 0}}
+
+
+async def test_what_waits_delays_the_start(broker: RedisBroker) -> None:
+    await fill(broker, num_running=10, num_queued=20)
+    with pytest.raises(TooLate) as caught:
+        await broker.submit(api_job(owner="other", deadline_ms=500), NO_LIMITS, TERMS)
+    assert caught.value.finish_ms == 21 * 10 + 300
+    submitted = await broker.submit(api_job("r", owner="other", deadline_ms=511), NO_LIMITS, TERMS)
+    assert (submitted.position, submitted.start_ms) == (20, 210)
+    assert (await broker.status("r")).start_ms == 210
+
+
+async def test_another_callers_first_is_predicted_by_its_turn(broker: RedisBroker) -> None:
+    """The queue is long, but not for everybody."""
+    await fill(broker, num_running=10, num_queued=500)
+    submitted = await broker.submit(api_job(deadline_ms=1000), NO_LIMITS, TERMS)
+    assert submitted.start_ms <= 22 * 10  # the ready stream, and one turn
+
+
+async def test_free_slots_shorten_the_wait(broker: RedisBroker) -> None:
+    await fill(broker, num_running=4, num_queued=5)
+    assert (await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)).start_ms == 0
+    assert (await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)).start_ms == 10
+
+
+async def test_costly_work_ahead_takes_longer(broker: RedisBroker) -> None:
+    await fill(broker, 10, 10, Terms(forecast=Forecast(work_ms=90, num_slots=10)))
+    submitted = await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)
+    assert submitted.start_ms == 11 * 90
+    for delivery in await receive_now(broker, "next", 10):
+        await broker.finish("next", completed(delivery.job.request_id))
+    assert (await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)).start_ms == 2 * 10
+
+
+async def test_a_full_queue_tells_how_much_work_it_holds(broker: RedisBroker) -> None:
+    await fill(broker, 0, 7)
+    with pytest.raises(QueueFull) as caught:
+        await broker.submit(api_job(), Limits(max_depth=7), TERMS)
+    assert caught.value.drain_ms == 70
+
+
+async def test_a_live_prompt_takes_over_a_place_whatever_the_queue_is(broker: RedisBroker) -> None:
+    """What the session has waiting stands before it already: a newer prompt isn't a new place."""
+    await fill(broker, 10, 50)
+    with pytest.raises(TooLate):
+        await broker.submit(live_job("refused", deadline_ms=200), NO_LIMITS, TERMS)
+    await broker.submit(live_job("waits"), NO_LIMITS, TERMS)
+    await broker.submit(live_job("newer", deadline_ms=200), NO_LIMITS, TERMS)
+    assert (await broker.status("waits")).state == "superseded"
