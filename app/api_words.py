@@ -142,6 +142,11 @@ BODIES = {
     "OpenAIImageRequest": FIELDS | OPENAI_FIELDS,
     "LiveTokenRequest": TOKEN_FIELDS,
 }
+# Of a page; IPv6 addresses, which have no short pattern, are taken too.
+ORIGIN = (
+    r"^https?://[A-Za-z0-9_.-]+"
+    r"(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?/?$"
+)
 NOT_OFFERED = frozenset({"frame_count", "frame_duration_ms", "svg"})
 # What can't stand together in a request of OpenAI's.
 CONTRADICTIONS: list[Json] = [

@@ -394,7 +394,7 @@ def explained(kind: type[Exception]) -> Row:
     return row if row.meaning else replace(row, meaning=sentence[:1].lower() + sentence[1:])
 
 
-@raises(GenerationFailed, GenerationCancelled, GenerationSuperseded, GenerationExpired)
+@raises(GenerationFailed, *GenerationFailed.__subclasses__())
 def ending_error(ending: Failed | Superseded | Cancelled | Expired) -> GenerationFailed:
     """What a waiting caller is told of an ending without a picture."""
     match ending:

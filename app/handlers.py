@@ -98,7 +98,8 @@ def explain_validation(request: Request, error: RequestValidationError) -> Gatew
         content_type = shorten(request.headers.get("content-type"))
         return UnsupportedBody(f"Content-Type: {content_type} is not allowed; send application/json")
     if location == ("body",) and details["type"] == "missing":
-        return InvalidRequest("the body is missing: send a JSON object", code="missing_body")
+        why = "; Upgrade: h2c, which is not offered, cuts it off" if "upgrade" in request.headers else ""
+        return InvalidRequest(f"the body is missing: send a JSON object{why}", code="missing_body")
     if details["type"] == "json_invalid":
         return invalid_from(details, (), skip=len(location))
     return invalid_from(details, body_fields(request) if len(location) == 2 else (), skip=1)

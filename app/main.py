@@ -69,7 +69,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     for routes in (generations, openai_images, live, models, health, page):
         app.include_router(routes.router, max_body_size=settings.max_body_bytes)
     app.mount("/static", page.PageFiles(), name="static")
-    app.openapi = cache(partial(describe, app, catalog, needs_key=keys.is_used and not settings.allow_anonymous))  # type: ignore[method-assign]
+    app.openapi = cache(partial(describe, app, catalog, settings, has_keys=keys.is_used))  # type: ignore[method-assign]
     return app
 
 

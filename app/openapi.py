@@ -32,6 +32,7 @@ from app.api_words import (
     EXAMPLES,
     HEADERS,
     NOT_OFFERED,
+    ORIGIN,
     PARAMETERS,
     TAGS,
     TEXT,
@@ -54,6 +55,7 @@ from app.errors import (
 )
 from app.negotiation import FORMATS
 from app.schemas import CompletedImage, ErrorBody, Generation, PartialImage, PreviewData, StreamError
+from app.settings import GatewaySettings
 from models.catalog import ModelSpec
 
 REF = "#/components/schemas/"
@@ -122,8 +124,9 @@ IMAGE_EVENTS: dict[str, type[BaseModel]] = {
 # The document
 
 
-def describe(app: FastAPI, catalog: Mapping[str, ModelSpec], *, needs_key: bool) -> Json:
-    """The OpenAPI 3.1 document of an app that serves `catalog`, to those with an API key or to everybody."""
+def describe(app: FastAPI, catalog: Mapping[str, ModelSpec], settings: GatewaySettings, *, has_keys: bool) -> Json:
+    """The OpenAPI 3.1 document of an app that serves `catalog`."""
+    needs_key = has_keys and not settings.allow_anonymous
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -139,7 +142,7 @@ def describe(app: FastAPI, catalog: Mapping[str, ModelSpec], *, needs_key: bool)
         _complete(operation, route)
         if TABLE[Unauthorized].code in json.dumps(operation["responses"].get("401")):
             operation["security"] = [{"key": []}] if needs_key else [{}, {"key": []}]
-    _complete_bodies(document["components"]["schemas"], catalog)
+    _complete_bodies(document["components"]["schemas"], catalog, settings)
     return document
 
 
@@ -161,12 +164,15 @@ def _add_schemas(schemas: Json) -> None:
         schemas.pop(name, None)
 
 
-def _complete_bodies(schemas: Json, catalog: Mapping[str, ModelSpec]) -> None:
+def _complete_bodies(schemas: Json, catalog: Mapping[str, ModelSpec], settings: GatewaySettings) -> None:
     """Meanings and limits of the requests' fields, and what can't stand together."""
     for name, fields in BODIES.items():
         for field, schema in schemas[name]["properties"].items():
             schema.setdefault("description", fields.get(field, ""))
         narrow(schemas[name], catalog)
+    token = schemas["LiveTokenRequest"]["properties"]
+    token["origin"]["pattern"] = ORIGIN
+    _first_choice(token["ttl_s"])["maximum"] = settings.live_token_max_ttl_s
     schemas["OpenAIImageRequest"]["allOf"] = [{"not": contradiction} for contradiction in CONTRADICTIONS]
 
 
@@ -350,7 +356,6 @@ def fill_in(page: str, tables: Mapping[str, str]) -> str:
 
 def main(paths: list[str]) -> None:
     from app.main import create_app
-    from app.settings import GatewaySettings
 
     tables = make_tables(create_app(GatewaySettings(allow_anonymous=True)).openapi())
     for path in map(Path, paths):

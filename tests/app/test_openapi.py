@@ -15,17 +15,19 @@ import jsonschema_rs
 import pytest
 import pytest_asyncio
 import schemathesis
+from fastapi import Depends
 from schemathesis import engine
 from schemathesis.engine import events
 
 from app.api_words import BODIES
-from app.errors import TABLE, UNKNOWN, Row, raises
+from app.errors import RETRYABLE_FAILURE, TABLE, UNKNOWN, ClientGone, GenerationFailed, Row, raises
 from app.main import create_app
 from app.openapi import describe, fill_in, make_tables
 from app.settings import GatewaySettings
 from broker.messages import MAX_SEED, JobError
 from models.catalog import CATALOG_PATH, load_catalog
 from tests.app.conftest import Api, StartApi
+from tests.app.test_auth import Keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULE_LOOP = pytest.mark.asyncio(loop_scope="module")
@@ -49,13 +51,18 @@ def document() -> Json:
     return create_app(GatewaySettings(allow_anonymous=True)).openapi()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def api(start_api: StartApi, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Api]:
-    """A gateway whose catalog has one model, so that the limits in its document are exact."""
-    catalog = tmp_path_factory.mktemp("catalog") / "catalog.toml"
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model, so that the limits in the document are exact."""
+    path = tmp_path_factory.mktemp("catalog") / "catalog.toml"
     text = CATALOG_PATH.read_text(encoding="utf-8")
-    catalog.write_text(text[: text.index("\n[sd15-lcm]")], encoding="utf-8")
-    async with start_api(catalog=catalog) as api:
+    path.write_text(text[: text.index("\n[sd15-lcm]")], encoding="utf-8")
+    return path
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def api(start_api: StartApi, catalog: Path) -> AsyncIterator[Api]:
+    async with start_api(catalog=catalog, cache_s=60) as api:
         api.painter.step_s = 0
         yield api
 
@@ -121,26 +128,20 @@ def test_no_answer_is_the_frameworks_own(document: Json) -> None:
     assert all({"422", "default"}.isdisjoint(operation["responses"]) for _, _, operation in operations(document))
 
 
-def test_an_error_that_a_dependency_notes_is_documented() -> None:
+def test_an_error_that_a_dependency_notes_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refused(Exception):
         pass
+
+    monkeypatch.setitem(TABLE, Refused, Row(403, "invalid_request_error", "refused_here", meaning="a test"))
 
     @raises(Refused)
     def dependency() -> None:
         return None
 
-    from fastapi import Depends
-
     app = create_app(GatewaySettings(allow_anonymous=True))
-    TABLE[Refused] = Row(403, "invalid_request_error", "refused_here", meaning="a test")
-    try:
-        dependency = raises(Refused)(dependency)
-        app.get("/extra", dependencies=[Depends(dependency)], tags=["health"])(lambda: None)
-        response = describe(app, load_catalog(CATALOG_PATH), needs_key=False)["paths"]["/extra"]["get"]["responses"][
-            "403"
-        ]
-    finally:
-        del TABLE[Refused]
+    app.get("/extra", dependencies=[Depends(dependency)], tags=["health"])(lambda: None)
+    paths = describe(app, load_catalog(CATALOG_PATH), GatewaySettings(), has_keys=False)["paths"]
+    response = paths["/extra"]["get"]["responses"]["403"]
     assert "`refused_here`: a test" in response["description"]
     assert "refused_here" in json.dumps(response["content"]["application/json"]["schema"])
 
@@ -149,11 +150,16 @@ def test_every_code_of_a_failed_request_is_documented() -> None:
     sources = [*REPOSITORY.glob("broker/**/*"), *REPOSITORY.glob("workers/**/*.py"), *REPOSITORY.glob("app/**/*.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources if path.suffix in (".py", ".lua"))
     used = set(re.findall(r"JobError\(\s*\"(\w+)\"|make_failure\([^,]+, '(\w+)'", text))
-    from app.errors import RETRYABLE_FAILURE, GenerationFailed
-
     known = {*TABLE[GenerationFailed].codes, *RETRYABLE_FAILURE.codes, UNKNOWN.code}
     assert {name for pair in used for name in pair if name} <= known
     assert len(used) >= 4
+
+
+def test_every_kind_of_error_is_noted_on_some_route(document: Json) -> None:
+    """A new row in the table has to say by `raises` which routes it leaves."""
+    answers = [response for _, _, operation in operations(document) for response in operation["responses"].values()]
+    text = json.dumps([answer.get("content", {}).get("application/json") for answer in answers])
+    assert {kind for kind, row in TABLE.items() if kind is not ClientGone and f'"{row.code}"' not in text} == set()
 
 
 def test_every_code_that_is_raised_is_in_the_table(document: Json) -> None:
@@ -197,9 +203,11 @@ def has_room_for_its_seeds(_: object, case: Any) -> bool:
     return sum(number for number in numbers if isinstance(number, int | float)) <= MAX_SEED
 
 
-def find_contradictions(url: str) -> tuple[dict[str, str], Counter[str]]:
+def find_contradictions(url: str, **changes: Any) -> tuple[dict[str, str], Counter[str]]:
     """What schemathesis finds, each with the request that shows it, and how many requests each phase sent."""
-    schema = schemathesis.openapi.from_url(f"{url}/openapi.json", config=schemathesis.Config.from_dict(CONFIG))
+    schema = schemathesis.openapi.from_url(
+        f"{url}/openapi.json", config=schemathesis.Config.from_dict(CONFIG | changes)
+    )
     schema.hooks.hook("filter_case")(has_room_for_its_seeds)
     found: dict[str, str] = {}
     num_requests: Counter[str] = Counter()
@@ -222,6 +230,18 @@ async def test_the_gateway_keeps_to_its_document(api: Api) -> None:
     assert not found, "\n\n".join(f"{what}\n{request}" for what, request in found.items())
     assert num_requests["COVERAGE"] > 300
     assert all(num_requests[phase] for phase in ("EXAMPLES", "FUZZING", "STATEFUL_TESTING"))
+
+
+async def test_so_does_one_that_asks_for_keys(start_api: StartApi, catalog: Path, tmp_path: Path) -> None:
+    """With a key that has rates; among the checks is that nobody gets in without it."""
+    keys = Keys(tmp_path)
+    key = keys.make(max_requests_per_minute=100_000, max_images_per_minute=1_000_000)
+    async with start_api(catalog=catalog, api_keys_file=keys.path) as api:
+        api.painter.step_s = 0
+        changes = {"headers": {"Authorization": f"Bearer {key}"}, "phases": {"stateful": {"enabled": False}}}
+        found, num_requests = await asyncio.to_thread(find_contradictions, api.url, **changes)
+    assert not found, "\n\n".join(f"{what}\n{request}" for what, request in found.items())
+    assert num_requests["COVERAGE"] > 300
 
 
 def list_examples(document: Json) -> list[tuple[str, str, str, Json]]:

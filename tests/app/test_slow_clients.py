@@ -163,3 +163,13 @@ async def test_garbage_behind_a_request_doesnt_spoil_its_answer(api: Api) -> Non
     answer = await talk(api, b"GET /livez HTTP/1.1\r\n" + HOST + b"\r\n\x00\x01\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200 OK")
     assert answer.endswith(b'{"status":"alive"}')
+
+
+async def test_an_upgrade_to_http_2_that_loses_the_body_is_told_so(start_api: StartApi) -> None:
+    """What Java's client sends unless it is told not to."""
+    async with start_api(keep_alive_s=1) as api:
+        body = b'{"prompt": "a red apple"}'
+        headers = b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(body)
+        status, error = parse(await talk(api, POST + headers + body))
+        assert (status, error["code"]) == (400, "missing_body")
+        assert "Upgrade: h2c" in error["message"]
