@@ -8,16 +8,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from app.callers import Caller
-from app.errors import Forbidden, ModelNotReady, Overloaded
+from app.errors import (
+    Forbidden,
+    ModelNotReady,
+    Overloaded,
+    PromptBlocked,
+    PromptCheckFailed,
+    RateExceeded,
+    raises,
+)
 from app.fleet import Fleet, find_warm, make_forecast
 from app.metrics import Metrics
 from app.policy import PromptPolicy
 from app.rates import Rates
-from broker.errors import QueueFull, ResultStoreFull, TooLate
+from broker.errors import BrokerError, BrokerUnavailable, IdempotencyConflict, QueueFull, ResultStoreFull, TooLate
 from broker.messages import Job, Lane, WorkerInfo
 from broker.redis_broker import RedisBroker
 from broker.terms import Limits, Submitted, Terms
-from models.catalog import ModelSpec, get_spec
+from models.catalog import ModelSpec, UnknownModelError, get_spec
 
 NOT_READY_RETRY_MS = 5_000
 MIN_RETRY_MS, MAX_RETRY_MS = 100, 60_000
@@ -46,6 +54,7 @@ class Admission:
         self._broker, self._fleet, self._catalog = broker, fleet, catalog
         self._limits, self._metrics, self._policy, self._rates = limits, metrics, policy, rates
 
+    @raises(UnknownModelError, Forbidden)
     def find_model(self, name: str, caller: Caller) -> ModelSpec:
         """Raises UnknownModelError or Forbidden; both list the models that the caller may use."""
         allowed = self.models_of(caller)
@@ -62,6 +71,10 @@ class Admission:
         allowed = self.models_of(caller)
         return preferred if preferred in allowed else next(iter(allowed), preferred)
 
+    @raises(
+        *(Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, Overloaded),
+        *(IdempotencyConflict, BrokerUnavailable, BrokerError),
+    )
     async def submit(self, job: Job, caller: Caller, terms: Terms | None = None) -> Submitted:
         """Raises Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, Overloaded,
         IdempotencyConflict or BrokerUnavailable.

@@ -10,6 +10,7 @@ from fastapi.requests import HTTPConnection
 
 from app.auth import authenticate
 from app.callers import Caller
+from app.errors import Unauthorized, raises
 from app.gateway import Gateway
 
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -23,6 +24,7 @@ async def get_request_id(connection: HTTPConnection) -> str:
     return cast(str, connection.state.request_id)
 
 
+@raises(Unauthorized)
 async def identify(connection: HTTPConnection) -> Caller:
     """Raises Unauthorized."""
     gateway = await get_gateway(connection)

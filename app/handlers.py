@@ -9,9 +9,11 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from app.errors import (
     ErrorAnswer,
@@ -67,6 +69,8 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         detail = error.detail if is_own_text else _DETAILS.get(error.status_code, error.detail)
         response = respond(request, http_error(error.status_code, detail))
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            response.headers["Allow"] = ", ".join(sorted(find_methods(request)))
         return response
 
     async def answer_unexpected(request: Request, error: Exception) -> Response:
@@ -83,6 +87,17 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(Exception, answer_unexpected)
 
 
+def find_methods(request: Request) -> set[str]:
+    """What the path allows over all of its routes; the router looks at the first one only."""
+    path = request.scope["path"]
+    return {
+        method
+        for route in iter_route_contexts(request.app.routes)
+        if isinstance(route.original_route, Route) and route.path_regex.match(path)
+        for method in route.methods or ()
+    }
+
+
 def explain_validation(request: Request, error: RequestValidationError) -> GatewayError:
     """The first finding, without the input: a report of all of it would send a large body back whole."""
     details = error.errors()[0]
@@ -91,7 +106,8 @@ def explain_validation(request: Request, error: RequestValidationError) -> Gatew
         content_type = shorten(request.headers.get("content-type"))
         return UnsupportedBody(f"Content-Type: {content_type} is not allowed; send application/json")
     if location == ("body",) and details["type"] == "missing":
-        return InvalidRequest("the body is missing: send a JSON object", code="missing_body")
+        why = "; Upgrade: h2c, which is not offered, cuts it off" if "upgrade" in request.headers else ""
+        return InvalidRequest(f"the body is missing: send a JSON object{why}", code="missing_body")
     if details["type"] == "json_invalid":
         return invalid_from(details, (), skip=len(location))
     return invalid_from(details, body_fields(request) if len(location) == 2 else (), skip=1)

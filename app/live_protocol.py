@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from app.errors import ErrorAnswer, GatewayError, invalid, invalid_from, render
+from app import strict_json
+from app.errors import ErrorAnswer, GatewayError, InvalidRequest, invalid, invalid_from, render
 from app.middleware import host_name
 from app.schemas import LiveAck, LiveAuth, LiveCancel, LiveGenerate
 from app.settings import is_loopback
@@ -108,14 +109,16 @@ def _show_timings(timings: Timings | None) -> dict[str, float] | None:
 def parse_message(text: str) -> ClientMessage:
     """Raises InvalidRequest that names the field."""
     try:
-        return _client_message.validate_json(text)
+        return _client_message.validate_python(strict_json.parse(text))
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"the message is not valid JSON: {error.msg}", code="invalid_json") from None
     except ValidationError as error:
         details = error.errors()[0]
         match details["type"]:
             case "union_tag_not_found" | "union_tag_invalid":
                 tag = details.get("ctx", {}).get("tag")
                 raise invalid("type", tag, f"it must be one of {', '.join(_fields)}") from None
-            case "json_invalid" | "model_attributes_type" | "dataclass_type":
+            case "model_attributes_type" | "dataclass_type":
                 raise invalid_from(details, (), skip=len(details["loc"])) from None
             case _:
                 kind = str(details["loc"][0]) if details["loc"] else ""
@@ -125,8 +128,8 @@ def parse_message(text: str) -> ClientMessage:
 def find_seq(text: str) -> int | None:
     """The seq of a message that was refused, so that its error can carry it."""
     try:
-        message = json.loads(text)
-    except (ValueError, RecursionError):
+        message = strict_json.parse(text)
+    except json.JSONDecodeError:
         return None
     seq = message.get("seq") if isinstance(message, dict) else None
     return seq if isinstance(seq, int) and not isinstance(seq, bool) and abs(seq) < 2**53 else None

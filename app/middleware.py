@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.admission import new_request_id
-from app.errors import ErrorAnswer, WrongHost, http_error, render, shorten
+from app.errors import ErrorAnswer, UnsupportedBody, WrongHost, http_error, render, shorten
 from app.metrics import Metrics
 from app.rates import RATE_HEADERS, noted_usages, rate_headers
 from app.settings import LOOPBACK_NAMES
@@ -95,7 +97,8 @@ def find_route(scope: Scope) -> str:
 
 
 class Guard:
-    """Refuses what needs no look inside: a Host that names another server, a body that declares itself too large.
+    """Refuses what needs no look inside: a Host that names another server, a body that declares itself too large or
+    compressed.
 
     A page elsewhere can point its own domain at 127.0.0.1 (DNS rebinding); the Host header gives it away. `hosts` None
     allows any. A body without a declared length is cut by the framework when it gets too long.
@@ -107,24 +110,59 @@ class Guard:
         self.app, self.hosts, self.max_body_bytes, self.on_refusal = app, hosts, max_body_bytes, on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = None if scope["type"] == "lifespan" else self._find_fault(Headers(scope=scope))
+        refusal = None if scope["type"] == "lifespan" else self._find_fault(Headers(scope=scope), scope.get("method"))
         if refusal is None:
             return await self.app(scope, receive, send)
         self.on_refusal(refusal)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
-        response = JSONResponse(refusal.body, refusal.status, {"Connection": "close"})
+        response = JSONResponse(refusal.body, refusal.status)
         return await response(scope, receive, send)
 
-    def _find_fault(self, headers: Headers) -> ErrorAnswer | None:
+    def _find_fault(self, headers: Headers, method: str | None) -> ErrorAnswer | None:
         host = headers.get("host", "")
         if self.hosts is not None and host_name(host) not in self.hosts:
             message = f"Host: {shorten(host)} is not this server; see FEWSTEP_ALLOWED_HOSTS"
             return render(WrongHost(message, param="Host"))
+        encoding = headers.get("content-encoding", "identity")
+        if method == "POST" and encoding.strip().lower() != "identity":
+            message = f"Content-Encoding: {shorten(encoding)} is not allowed; send the body as it is"
+            return render(UnsupportedBody(message, param="Content-Encoding"))
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.max_body_bytes:
             return http_error(413, f"the body has {length[:20]} bytes, {self.max_body_bytes} are allowed")
         return None
+
+
+class BodyDeadline:
+    """A request's body arrives within `timeout_s` or is answered with 408."""
+
+    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
+        self.app, self.timeout_s = app, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
+        is_complete = False
+
+        async def receive_in_time() -> Message:
+            nonlocal is_complete
+            if is_complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_slow() from None
+            is_complete = not message.get("more_body", False)
+            return message
+
+        return await self.app(scope, receive_in_time, send)
+
+    def _too_slow(self) -> HTTPException:
+        detail = f"the body didn't arrive within {self.timeout_s:g} s"
+        return HTTPException(408, detail, {"Connection": "close"})
 
 
 def host_name(host: str) -> str:

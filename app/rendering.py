@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import calendar
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from email.utils import formatdate
 
@@ -82,7 +82,7 @@ def show_generation(progress: Progress, spec: ModelSpec | None, *, with_bytes: b
             position=progress.position if is_queued else 0,
             predicted_start_ms=progress.predicted_start_ms if is_queued else 0,
         ),
-        parameters=asdict(job.params),
+        parameters=job.params,
         images=[_show_image(job.request_id, picture, with_bytes) for picture in completed.pictures]
         if completed
         else [],

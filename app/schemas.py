@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from broker.messages import MAX_SEED, ImageFormat, State
+from broker.messages import MAX_SEED, ImageFormat, SamplingParams, State
 
 MAX_TEXT_CHARS = 32_000
 
@@ -196,7 +196,7 @@ class Generation(BaseModel):
     model_revision: str
     created_at: float
     queue: Queue
-    parameters: dict[str, Any]
+    parameters: SamplingParams
     images: list[GeneratedImage]
     timings: GenerationTimings | None
     warnings: list[str]
@@ -222,6 +222,91 @@ class PreviewData(BaseModel):
     num_inference_steps: int
     format: ImageFormat
     b64_json: str
+
+
+class ImageData(BaseModel):
+    """One of OpenAI's images; `seed` is ours."""
+
+    b64_json: str
+    seed: int
+
+
+class InputTokens(BaseModel):
+    image_tokens: Literal[0] = 0
+    text_tokens: Literal[0] = 0
+
+
+class Usage(BaseModel):
+    """Nothing is counted in tokens."""
+
+    input_tokens: Literal[0] = 0
+    input_tokens_details: InputTokens = InputTokens()
+    output_tokens: Literal[0] = 0
+    total_tokens: Literal[0] = 0
+
+
+class _Described(BaseModel):
+    size: str
+    quality: str
+    background: Literal["opaque"]
+    output_format: ImageFormat
+
+
+class OpenAIImages(_Described):
+    """OpenAI's answer without `stream`."""
+
+    created: int
+    data: list[ImageData]
+    usage: Usage
+    safety_identifier: str | None = None
+
+
+class PartialImage(_Described):
+    """`data:` of a preview in OpenAI's stream."""
+
+    type: Literal["image_generation.partial_image"]
+    b64_json: str
+    partial_image_index: int
+    created_at: int
+
+
+class CompletedImage(_Described):
+    """`data:` of the picture that ends OpenAI's stream."""
+
+    type: Literal["image_generation.completed"]
+    b64_json: str
+    seed: int
+    created_at: int
+    usage: Usage
+
+
+class StreamError(BaseModel):
+    """`data:` of the failure that ends OpenAI's stream."""
+
+    type: Literal["error"]
+    error: ErrorDetail
+
+
+class Liveness(BaseModel):
+    status: Literal["alive", "reader stopped"]
+
+
+class WorkerState(BaseModel):
+    worker_id: str
+    state: str
+    detail: str
+    device: str
+    warm_models: list[str]
+    num_running: int
+
+
+class Readiness(BaseModel):
+    """`models` are those that some live worker holds warm."""
+
+    ready: bool
+    redis: Literal["ok", "unavailable"]
+    models: list[str]
+    workers: list[WorkerState]
 
 
 class SizeCard(BaseModel):

@@ -34,6 +34,12 @@ class GatewaySettings(SharedSettings):
     max_depth: int = Field(default=1000, ge=1)
     max_result_bytes: int = Field(default=512 * 2**20, ge=2**20)
     max_body_bytes: int = Field(default=64 * 2**10, ge=1024)
+    max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
+    max_connections: int = Field(default=900, ge=1)
+    header_timeout_s: float = Field(default=10, gt=0)
+    body_timeout_s: float = Field(default=20, gt=0)
+    send_timeout_s: float = Field(default=30, gt=0)
+    keep_alive_s: int = Field(default=5, ge=1)
     sync_wait_s: float = Field(default=60, gt=0, le=3600)
     keep_sync_s: float = Field(default=60, ge=0)
     keep_async_s: float = Field(default=600, gt=0)
@@ -47,6 +53,7 @@ class GatewaySettings(SharedSettings):
     live_max_unacked: int = Field(default=2, ge=1)
     live_idle_s: float = Field(default=300, gt=0)
     live_send_timeout_s: float = Field(default=5, gt=0)
+    live_ping_s: float = Field(default=20, gt=0)
     live_reconnect_in_ms: int = Field(default=1000, ge=0)
 
     prompt_check: str | None = None

@@ -12,6 +12,7 @@ from fastapi.requests import HTTPConnection, Request
 from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from app.admission import Admission
 from app.dependencies import (
     CallerDep,
     DeadlineDep,
@@ -21,11 +22,20 @@ from app.dependencies import (
     TraceparentDep,
     identify,
 )
-from app.errors import ImageGone, ImageNotReady, ending_error
+from app.errors import ImageGone, ImageNotReady, InvalidToken, NotAcceptable, ending_error, raises
 from app.fleet import find_warm
 from app.gateway import Gateway
 from app.links import check_link
 from app.negotiation import Answer, Preference, negotiate, parse_prefer
+from app.openapi import (
+    GENERATION_EVENTS,
+    MODEL_HEADERS,
+    RESULT_HEADERS,
+    SHARING_HEADERS,
+    event_stream,
+    image_types,
+    show_headers,
+)
 from app.parameters import Defaults, complete, earliest, find_warnings
 from app.rendering import (
     Progress,
@@ -39,27 +49,50 @@ from app.rendering import (
     state_after,
 )
 from app.replies import Subscription, as_ending
-from app.schemas import ErrorBody, Generation, GenerationRequest
+from app.schemas import Generation, GenerationRequest
 from app.sharing import cached_for, sharing_headers, with_idempotency_key
+from app.strict_json import JsonRoute
 from app.waiting import Entry, enter, given_up_if_left, wait_at_most
-from broker.errors import RequestNotFound
+from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
 from broker.messages import Completed, Job, LoggedEvent, Picture, Preview, TerminalEvent
 from broker.redis_broker import RequestStatus
 from broker.terms import Terms
 
 NOT_READY_RETRY_MS = 250
 EVENT_NAMES = {"accepted": "queued"}
-IMAGE_TYPES: dict[str, Any] = {f"image/{format}": {} for format in ("png", "jpeg", "webp")}
+FOUND: dict[int | str, dict[str, Any]] = {200: {"model": Generation, "headers": show_headers(sometimes=MODEL_HEADERS)}}
+PICTURE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file.",
+        "content": image_types(),
+        "headers": show_headers(*RESULT_HEADERS, "Cache-Control", sometimes=MODEL_HEADERS),
+    }
+}
 
-router = APIRouter(prefix="/v1/generations", tags=["generations"], responses={"default": {"model": ErrorBody}})
+router = APIRouter(prefix="/v1/generations", route_class=JsonRoute, tags=["generations"])
 
 
 # Making one
 
 
 @router.post(
-    "", response_model=None, responses={200: {"model": Generation, "content": IMAGE_TYPES}, 202: {"model": Generation}}
+    "",
+    response_model=None,
+    responses={
+        200: {
+            "description": "The generation with its pictures, or the bytes of its only one.",
+            "model": Generation,
+            "content": image_types(),
+            "headers": show_headers(*RESULT_HEADERS, sometimes=(*SHARING_HEADERS, *MODEL_HEADERS)),
+        },
+        202: {
+            "description": "Not ended yet: to be looked up at `Location`.",
+            "model": Generation,
+            "headers": show_headers("Location", sometimes=("Preference-Applied", *SHARING_HEADERS, *MODEL_HEADERS)),
+        },
+    },
 )
+@raises(NotAcceptable, Admission.find_model, Admission.submit, ending_error)
 async def create_generation(
     body: GenerationRequest,
     request: Request,
@@ -181,6 +214,7 @@ def model_headers_of(gateway: Gateway, job: Job) -> dict[str, str]:
 GenerationId = Annotated[str, Path(max_length=64)]
 
 
+@raises(RequestNotFound, BrokerUnavailable, BrokerError)
 async def read_own(gateway: GatewayDep, caller: CallerDep, generation_id: GenerationId) -> RequestStatus:
     """The request, if it is the caller's; for anyone else it doesn't exist."""
     status = await gateway.broker.status(generation_id)
@@ -198,7 +232,11 @@ async def read_progress(gateway: Gateway, status: RequestStatus) -> Progress:
     return progress if is_served else replace(progress, predicted_start_ms=None)
 
 
-@router.get("/{generation_id}", response_model=None, responses={200: {"model": Generation}})
+@router.get(
+    "/{generation_id}",
+    response_model=None,
+    responses={200: {"model": Generation, "headers": show_headers(sometimes=(*RESULT_HEADERS, *MODEL_HEADERS))}},
+)
 async def read_generation(gateway: GatewayDep, status: OwnStatus) -> Response:
     """State, parameters and timings; pictures by their `url`."""
     progress = await read_progress(gateway, status)
@@ -207,12 +245,14 @@ async def read_generation(gateway: GatewayDep, status: OwnStatus) -> Response:
     return json_answer(progress, gateway, headers=headers)
 
 
-@router.get("/{generation_id}/image", response_model=None, responses={200: {"content": IMAGE_TYPES}})
+@router.get("/{generation_id}/image", response_class=Response, response_model=None, responses=PICTURE)
+@raises(ImageNotReady, ImageGone, 404, ending_error)
 async def read_image(gateway: GatewayDep, status: OwnStatus) -> Response:
     """The bytes of the first picture."""
     return picture_answer(gateway, status, 0)
 
 
+@raises(read_own, identify, InvalidToken)
 async def read_by_link_or_own(
     connection: HTTPConnection,
     gateway: GatewayDep,
@@ -227,7 +267,8 @@ async def read_by_link_or_own(
     return await gateway.broker.status(generation_id)
 
 
-@router.get("/{generation_id}/images/{index}", response_model=None, responses={200: {"content": IMAGE_TYPES}})
+@router.get("/{generation_id}/images/{index}", response_class=Response, response_model=None, responses=PICTURE)
+@raises(ImageNotReady, ImageGone, 404, ending_error)
 async def read_image_by_index(
     gateway: GatewayDep, status: Annotated[RequestStatus, Depends(read_by_link_or_own)], index: int
 ) -> Response:
@@ -257,7 +298,7 @@ def picture_answer(gateway: Gateway, status: RequestStatus, index: int) -> Respo
 # Cancelling it
 
 
-@router.delete("/{generation_id}", response_model=None, responses={200: {"model": Generation}})
+@router.delete("/{generation_id}", response_model=None, responses=FOUND)
 async def cancel_generation(gateway: GatewayDep, caller: CallerDep, status: OwnStatus) -> Response:
     """Cancels it; what has ended stays as it is. A running one stops at its next step, so `state` may lag."""
     await gateway.broker.cancel(status.job.request_id)
@@ -281,7 +322,18 @@ async def follow_own(
         yield subscription
 
 
-@router.get("/{generation_id}/events", response_class=EventSourceResponse)
+@router.get(
+    "/{generation_id}/events",
+    response_class=EventSourceResponse,
+    responses={
+        200: {
+            "description": "The events.",
+            "content": event_stream(GENERATION_EVENTS, has_ids=True),
+            "headers": show_headers("Cache-Control", "X-Accel-Buffering"),
+        },
+        204: {"description": "The last event was seen already: nothing more will come."},
+    },
+)
 async def stream_events(
     gateway: GatewayDep, status: OwnStatus, subscription: Annotated[Subscription, Depends(follow_own)]
 ) -> AsyncIterator[ServerSentEvent]:

@@ -5,25 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from app.dependencies import GatewayDep
+from app.errors import raises
 from app.gateway import Gateway
-from broker.errors import BrokerUnavailable
+from app.schemas import Liveness, Readiness
+from broker.errors import BrokerError, BrokerUnavailable
 from broker.messages import WorkerInfo
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez")
+@router.get("/livez", responses={200: {"model": Liveness}, 503: {"model": Liveness}})
 async def livez(gateway: GatewayDep) -> JSONResponse:
     """200 while this process works as it should; Redis or workers being away doesn't change that."""
     is_alive = gateway.replies.is_reading
     return JSONResponse({"status": "alive" if is_alive else "reader stopped"}, 200 if is_alive else 503)
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses={200: {"model": Readiness}, 503: {"model": Readiness}})
+@raises(BrokerError)
 async def readyz(gateway: GatewayDep) -> JSONResponse:
     """200 once some live worker has proven a model by a real generation; what the others do meanwhile."""
     try:
@@ -46,9 +49,10 @@ def show_worker(worker: WorkerInfo) -> dict[str, Any]:
     }
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
+@raises(BrokerError)
 async def metrics(gateway: GatewayDep) -> Response:
-    """Prometheus' text format. What Redis knows is read for each scrape; it is stale while Redis is away."""
+    """Figures in Prometheus' text format. What Redis knows is read for each scrape; it is stale while Redis is away."""
     await refresh(gateway)
     return Response(gateway.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 

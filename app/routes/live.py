@@ -8,19 +8,24 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from fastapi.websockets import WebSocket
 
+from app.admission import Admission
 from app.dependencies import CallerDep, GatewayDep, RequestIdDep
+from app.errors import Forbidden, Unauthorized, raises
 from app.gateway import Gateway
 from app.live_access import Door, make_token
 from app.live_protocol import SUBPROTOCOL, CloseCode, reconnect_reason
 from app.live_session import LiveSession
-from app.schemas import ErrorBody, LiveTokenAnswer, LiveTokenRequest
+from app.openapi import show_headers
+from app.schemas import LiveTokenAnswer, LiveTokenRequest
+from app.strict_json import JsonRoute
 
 log = logging.getLogger(__name__)
 
-router = APIRouter(tags=["live"])
+router = APIRouter(route_class=JsonRoute, tags=["live"])
 
 
-@router.post("/v1/live/tokens", responses={"default": {"model": ErrorBody}})
+@router.post("/v1/live/tokens", responses={200: {"headers": show_headers("Cache-Control")}})
+@raises(Admission.find_model, Unauthorized, Forbidden)
 async def create_live_token(
     body: LiveTokenRequest, response: Response, gateway: GatewayDep, caller: CallerDep
 ) -> LiveTokenAnswer:

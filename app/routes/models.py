@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from app.admission import Admission
 from app.dependencies import CallerDep, GatewayDep
+from app.errors import raises
 from app.fleet import find_warm
-from app.schemas import ErrorBody, Limit, ModelCard, ModelList, SizeCard, WorkerCosts
+from app.schemas import Limit, ModelCard, ModelList, SizeCard, WorkerCosts
+from broker.errors import BrokerError, BrokerUnavailable
 from broker.messages import SizeCosts, WarmModel, WorkerInfo
 from models.catalog import ModelSpec
 
-router = APIRouter(prefix="/v1/models", tags=["models"], responses={"default": {"model": ErrorBody}})
+router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
+@raises(BrokerUnavailable, BrokerError)
 async def list_models(gateway: GatewayDep, caller: CallerDep) -> ModelList:
-    """Those that the caller may use."""
+    """The models that the caller may use, and what the live workers measured."""
     workers, admission = await gateway.fleet.workers(), gateway.admission
     cards = [show_model(spec, workers) for spec in admission.models_of(caller).values()]
     return ModelList(default=gateway.default_model(caller), data=cards)
 
 
 @router.get("/{model}")
+@raises(Admission.find_model, BrokerUnavailable, BrokerError)
 async def read_model(model: str, gateway: GatewayDep, caller: CallerDep) -> ModelCard:
+    """One model of the catalog."""
     return show_model(gateway.admission.find_model(model, caller), await gateway.fleet.workers())
 
 

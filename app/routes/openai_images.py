@@ -20,15 +20,18 @@ from fastapi.requests import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
+from app.admission import Admission
 from app.dependencies import CallerDep, DeadlineDep, GatewayDep, IdempotencyKeyDep, RequestIdDep, TraceparentDep
-from app.errors import ErrorAnswer, ending_error, invalid, render
+from app.errors import ErrorAnswer, ending_error, invalid, raises, render
 from app.gateway import Gateway
 from app.links import sign_link
+from app.openapi import IMAGE_EVENTS, MODEL_HEADERS, RESULT_HEADERS, SHARING_HEADERS, event_stream, show_headers
 from app.parameters import Defaults, check_size_text, complete, earliest, find_warnings
 from app.rendering import model_headers, result_headers, to_base64
 from app.replies import Subscription
-from app.schemas import ErrorBody, GenerationFields, OpenAIImageRequest
+from app.schemas import GenerationFields, OpenAIImageRequest, OpenAIImages
 from app.sharing import cached_for, sharing_headers, with_idempotency_key
+from app.strict_json import JsonRoute
 from app.waiting import Entry, enter, given_up_if_left, wait_for_ending
 from broker.messages import Completed, ImageFormat, Job, JobEvent, Picture, Preview, SamplingParams
 from broker.terms import Terms
@@ -42,10 +45,24 @@ NO_TOKENS = {
     "total_tokens": 0,
 }
 
-router = APIRouter(prefix="/v1/images", tags=["OpenAI"], responses={"default": {"model": ErrorBody}})
+router = APIRouter(prefix="/v1/images", route_class=JsonRoute, tags=["OpenAI"])
 
 
-@router.post("/generations", response_model=None)
+@router.post(
+    "/generations",
+    response_model=None,
+    responses={
+        200: {
+            "description": "The pictures; with `stream` its events.",
+            "model": OpenAIImages,
+            "content": event_stream(IMAGE_EVENTS, has_ids=False),
+            "headers": show_headers(
+                sometimes=(*RESULT_HEADERS, *SHARING_HEADERS, "Cache-Control", "X-Accel-Buffering", *MODEL_HEADERS)
+            ),
+        }
+    },
+)
+@raises(Admission.find_model, Admission.submit, ending_error)
 async def create_image(
     body: OpenAIImageRequest,
     request: Request,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -37,7 +38,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     (body(n=2), "n", "unknown field"),
     (body(width=True), "width", "valid integer, got true"),
     (body(width="64"), "width", "valid integer, got '64'"),
-    (body(width=64.0), "width", "valid integer"),
+    (body(width=64.5), "width", "valid integer"),
+    (body(seed=2.0**53), "seed", "valid integer"),
     (body(width=0), "width", "greater than or equal to 1, got 0"),
     (body(width=100, height=100), "width", "sizes of mini-lcm: 64x64"),
     (body(height=10**30), "height", "less than or equal to"),
@@ -128,6 +130,16 @@ JSON = {"Content-Type": "application/json"}
         (b'{"prompt": "x", "negative_prompt": "\\udfff!"}', JSON, 400, None),
         (b'{"prompt": "x", "\\ud800": 1}', JSON, 400, None),
         (b'{"prompt": "x", "scheduler": "\\ud800"}', JSON, 400, None),
+        (b'{"prompt": "x", "prompt": "y"}', JSON, 400, "invalid_json"),
+        (b'{"prompt": "x", ' + b",".join(b'"k%d":1' % i for i in range(6000)) + b"}", JSON, 400, "unknown_field"),
+        (b'{"a":' * 9000 + b"1" + b"}" * 9000, JSON, 400, "invalid_json"),
+        (b'{"prompt": "x", "seed": -' + b"9" * 5000 + b"}", JSON, 400, "invalid_json"),
+        (b'\xef\xbb\xbf{"prompt": "x"}', JSON, 400, "invalid_json"),
+        ('{"prompt": "x"}'.encode("utf-16"), JSON, 400, "invalid_json"),
+        ('{"prompt": "x"}'.encode("utf-32-le"), {"Content-Type": "application/json; charset=utf-32"}, 400, None),
+        (b'{"prompt": "\xed\xa0\x80"}', JSON, 400, "invalid_json"),
+        (b'{"prompt": "x\x00"}', JSON, 400, "invalid_json"),
+        (gzip.compress(b'{"prompt": "x"}'), JSON | {"Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
         (b'{"prompt": "x"}', {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
         (b'{"prompt": "x"}', {}, 415, "unsupported_media_type"),
         (b"prompt=x", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "unsupported_media_type"),

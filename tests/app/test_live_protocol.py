@@ -66,7 +66,8 @@ def test_messages() -> None:
         ('{"type":"generate","seq":1,"prompt":"x","step":4}', "step", "unknown field"),
         ('{"type":"generate","seq":1,"prompt":"x","refine":{"after":4}}', "refine.after", "unknown field"),
         ('{"type":"generate","seq":1,"prompt":"x","guidance_scale":NaN}', "guidance_scale", "finite"),
-        ('{"type":"generate","seq":1,"prompt":"\\ud800"}', None, "not valid JSON"),
+        ('{"type":"generate","seq":1,"prompt":"\\ud800"}', "prompt", "lone surrogates"),
+        ('{"type":"cancel","type":"ack"}', None, "'type' comes twice"),
         ('{"type":"ack","frame":0}', "frame", "greater than or equal to 1"),
     ],
 )
