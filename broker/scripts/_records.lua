@@ -15,8 +15,8 @@ end
 
 -- Requests and sessions as tables; `set_job` and `set_session` write through.
 
-local JOB_FIELDS = {'state', 'model', 'lane', 'owner', 'session', 'worker', 'entry_id', 'subscribers',
-                    'followers', 'flag', 'finished_by', 'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'preview_seq',
+local JOB_FIELDS = {'state', 'model', 'lane', 'owner', 'session', 'worker', 'entry_id', 'subscribers', 'followers',
+                    'flag', 'finished_by', 'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'preview_seq',
                     'preview_bytes', 'preview_mark'}
 local NUM_TEXT_FIELDS = 11
 
