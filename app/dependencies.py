@@ -1,8 +1,9 @@
-"""What routes ask for: the gateway's resources, who is asking, and the id of the request."""
+"""What routes ask for: the gateway's resources, who is asking, and what the headers say."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Header
@@ -12,6 +13,9 @@ from app.auth import authenticate
 from app.callers import Caller
 from app.errors import Unauthorized, raises
 from app.gateway import Gateway
+from app.parameters import earliest, find_warnings
+from broker.messages import Job, SamplingParams
+from models.catalog import ModelSpec
 
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -36,16 +40,57 @@ async def get_traceparent(traceparent: Annotated[str | None, Header()] = None) -
     return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
 
 
-async def get_deadline_ms(
-    x_fewstep_deadline_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
-) -> int | None:
-    """Milliseconds from now; the earlier of this and the body's `deadline_ms` counts."""
-    return x_fewstep_deadline_ms
-
-
 GatewayDep = Annotated[Gateway, Depends(get_gateway)]
 RequestIdDep = Annotated[str, Depends(get_request_id)]
 CallerDep = Annotated[Caller, Depends(identify)]
-DeadlineDep = Annotated[int | None, Depends(get_deadline_ms)]
-IdempotencyKeyDep = Annotated[str | None, Header(alias="Idempotency-Key")]
-TraceparentDep = Annotated[str | None, Depends(get_traceparent)]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request for pictures, as far as its body doesn't say: who asks, and what its headers add."""
+
+    gateway: Gateway
+    caller: Caller
+    request_id: str
+    idempotency_key: str | None
+    deadline_ms: int | None
+    traceparent: str | None
+
+    def make_job(
+        self,
+        spec: ModelSpec,
+        params: SamplingParams,
+        *,
+        is_promised: bool,
+        deadline_ms: int | None,
+        user: str | None = None,
+    ) -> Job:
+        """Its result is kept as long as an asynchronous one if it `is_promised`. The earlier deadline counts."""
+        settings = self.gateway.settings
+        return Job(
+            request_id=self.request_id,
+            model=spec.name,
+            params=params,
+            lane="api",
+            owner=self.caller.owner,
+            gateway_id=self.gateway.replies.gateway_id,
+            keep_s=settings.keep_async_s if is_promised else settings.keep_sync_s,
+            deadline_ms=earliest(deadline_ms, self.deadline_ms),
+            warnings=find_warnings(params, spec),
+            traceparent=self.traceparent,
+            user=user,
+        )
+
+
+async def read_call(
+    gateway: GatewayDep,
+    caller: CallerDep,
+    request_id: RequestIdDep,
+    traceparent: Annotated[str | None, Depends(get_traceparent)],
+    idempotency_key: Annotated[str | None, Header(alias="Idempotency-Key")] = None,
+    x_fewstep_deadline_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
+) -> Call:
+    return Call(gateway, caller, request_id, idempotency_key, x_fewstep_deadline_ms, traceparent)
+
+
+CallDep = Annotated[Call, Depends(read_call)]

@@ -4,36 +4,57 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, replace
 
 from pydantic import BaseModel
 
 from app.errors import invalid
+from app.schemas import GenerationRequest, OpenAIImageRequest
 from broker.messages import Job
 from broker.terms import Origin, Terms
 from models.catalog import ModelSpec
 
 MAX_KEY_CHARS = 255
+DELIVERY_S = 5.0  # should the events get lost on their way, they are fetched from the log
 
 
-def with_idempotency_key(terms: Terms, key: str | None, body: BaseModel, job: Job) -> Terms:
-    """Requests with the same key are one if they ask for the same: same body, `null` being the same as absent, and the
-    same format by whichever header. Raises InvalidRequest."""
-    if key is None:
-        return terms
+def choose_terms(
+    body: GenerationRequest | OpenAIImageRequest,
+    job: Job,
+    spec: ModelSpec,
+    *,
+    idempotency_key: str | None,
+    is_promised: bool,
+    cache_s: float,
+) -> Terms:
+    """A result is promised to whoever said that they would come for it; else only until it is surely delivered.
+
+    A picture with a seed is shared for `cache_s`, and a key makes requests for the same one request. Raises
+    InvalidRequest.
+    """
+    terms = Terms(promise_s=math.inf if is_promised else DELIVERY_S)
+    if cache_s > 0 and body.seed is not None and body.cache is not False:
+        terms = replace(terms, cache_key=name_picture(job, spec), cache_s=cache_s)
+    if idempotency_key is not None:
+        check_key(idempotency_key)
+        terms = replace(terms, idempotency_key=digest(idempotency_key), fingerprint=name_request(body, job))
+    return terms
+
+
+def check_key(key: str) -> None:
     if not 1 <= len(key) <= MAX_KEY_CHARS or not key.isascii() or not key.isprintable():
         raise invalid("Idempotency-Key", key, f"1 to {MAX_KEY_CHARS} printable ASCII characters")
-    asked = [type(body).__name__, body.model_dump(mode="json", exclude_none=True), job.params.output_format]
-    return replace(terms, idempotency_key=digest(key), fingerprint=digest(asked))
 
 
-def cached_for(job: Job, spec: ModelSpec, cache_s: float) -> Terms:
-    """Shares the result with whoever asks for the very same picture with the same key: model and its revision, all
-    parameters, the seed. 0 turns it off."""
-    if cache_s == 0:
-        return Terms()
-    what = [job.owner, spec.name, spec.public_revision, asdict(job.params)]
-    return Terms(cache_key=digest(what), cache_s=cache_s)
+def name_picture(job: Job, spec: ModelSpec) -> str:
+    """The same for the very same picture of one caller: model and its revision, all parameters, the seed."""
+    return digest([job.owner, spec.name, spec.public_revision, asdict(job.params)])
+
+
+def name_request(body: BaseModel, job: Job) -> str:
+    """The same for the same body, `null` being as good as absent, and the same format by whichever header."""
+    return digest([type(body).__name__, body.model_dump(mode="json", exclude_none=True), job.params.output_format])
 
 
 def digest(value: object) -> str:

@@ -21,7 +21,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "times": ("lane", "model"),  # hash: the virtual time of each owner served lately; under '' the lane's clock
     "weights": (),  # hash: an owner's share beside others, 1 unless given
     "turns": ("model",),  # where the lanes' round robin stands
-    "ready": ("model",),  # stream, group `workers`: the next one or two batches
+    "ready": ("model",),  # stream, group `workers`: about the next batch
     "target": ("model",),  # how deep the ready stream is kept, raised by what workers ask for
     "depth": ("model",),  # hash: unfinished requests, `queued` and `running`, and the work that waits, `queued_us`
     "deadlines": (),  # sorted set of unfinished requests with a deadline, by that

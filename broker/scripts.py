@@ -153,6 +153,7 @@ def _ask(job: Job, limits: Limits, terms: Terms) -> dict[str, object]:
         "gateway_id": job.gateway_id,
         "session": job.session,
         "keep_ms": round(job.keep_s * 1000),
+        "promise_ms": round(min(job.keep_s, terms.promise_s) * 1000),
         "deadline_ms": job.deadline_ms,
         "max_depth": limits.max_depth,
         "max_result_bytes": limits.max_result_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,11 +35,13 @@ class Forecast:
 class Terms:
     """How one caller asks.
 
+    The result is promised for `promise_s` of the job's `keep_s`: for the rest it stays only while there is room.
     `weight` is its owner's share of the lane. Requests of one owner with the same `idempotency_key` are one request if
     their `fingerprint` is the same, too. `cache_key` says what is asked for and by whom: an unfinished request with the
     same one is joined, a finished one is the answer, for `cache_s` after its last use and while there is room.
     """
 
+    promise_s: float = math.inf
     weight: int = 1
     forecast: Forecast = Forecast()
     idempotency_key: str | None = None

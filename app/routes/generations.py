@@ -13,13 +13,9 @@ from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app.admission import Admission
-from app.dependencies import (
+from app.dependencies import Call, CallDep, CallerDep, GatewayDep, identify
     CallerDep,
-    DeadlineDep,
     GatewayDep,
-    IdempotencyKeyDep,
-    RequestIdDep,
-    TraceparentDep,
     identify,
 )
 from app.errors import ImageGone, ImageNotReady, InvalidToken, NotAcceptable, ending_error, raises
@@ -36,7 +32,7 @@ from app.openapi import (
     image_types,
     show_headers,
 )
-from app.parameters import Defaults, complete, earliest, find_warnings
+from app.parameters import Defaults, complete
 from app.rendering import (
     Progress,
     find_ending,
@@ -50,7 +46,7 @@ from app.rendering import (
 )
 from app.replies import Subscription, as_ending
 from app.schemas import Generation, GenerationRequest
-from app.sharing import cached_for, sharing_headers, with_idempotency_key
+from app.sharing import choose_terms, sharing_headers
 from app.strict_json import JsonRoute
 from app.waiting import Entry, enter, given_up_if_left, wait_at_most
 from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
@@ -96,35 +92,15 @@ router = APIRouter(prefix="/v1/generations", route_class=JsonRoute, tags=["gener
 async def create_generation(
     body: GenerationRequest,
     request: Request,
-    gateway: GatewayDep,
-    request_id: RequestIdDep,
-    caller: CallerDep,
-    traceparent: TraceparentDep,
-    deadline_ms: DeadlineDep,
-    idempotency_key: IdempotencyKeyDep = None,
+    call: CallDep,
     accept: Annotated[str | None, Header()] = None,
     prefer: Annotated[list[str] | None, Header()] = None,
 ) -> Response:
     """Draws a picture. The answer is its bytes or JSON, by `Accept`; 202 and `Location` where the wait ends first."""
-    preference = parse_prefer(prefer or [])
+    gateway, preference = call.gateway, parse_prefer(prefer or [])
     answer = negotiate(accept, body.output_format, body.num_images or 1)
-    spec = gateway.find_model(body.model, caller)
-    params = complete(body, spec, Defaults(output_format=answer.format))
-    settings = gateway.settings
-    job = Job(
-        request_id=request_id,
-        model=spec.name,
-        params=replace(params, output_format=answer.format),
-        lane="api",
-        owner=caller.owner,
-        gateway_id=gateway.replies.gateway_id,
-        keep_s=settings.keep_async_s if preference.is_async or idempotency_key else settings.keep_sync_s,
-        deadline_ms=earliest(body.deadline_ms, deadline_ms),
-        warnings=find_warnings(params, spec),
-        traceparent=traceparent,
-    )
-    terms = with_idempotency_key(choose_terms(body, job, preference, gateway), idempotency_key, body, job)
-    async with enter(gateway, job, caller, terms) as entry:
+    job, terms = order(body, call, answer, preference)
+    async with enter(gateway, job, call.caller, terms) as entry:
         ending = await wait_as_preferred(entry, request, preference, gateway)
     headers = sharing_headers(entry.submitted.origin, terms)
     if ending is None:
@@ -132,13 +108,17 @@ async def create_generation(
     return finished(entry, ending, answer, gateway, headers)
 
 
-def choose_terms(body: GenerationRequest, job: Job, preference: Preference, gateway: Gateway) -> Terms:
-    """A picture without a seed is a new one every time. Nobody watches an asynchronous request's own deadline while it
-    shares the work of another."""
-    is_shareable = body.seed is not None and body.cache is not False
-    if not is_shareable or (preference.is_async and job.deadline_ms is not None):
-        return Terms()
-    return cached_for(job, gateway.catalog[job.model], gateway.settings.cache_s)
+def order(body: GenerationRequest, call: Call, answer: Answer, preference: Preference) -> tuple[Job, Terms]:
+    """A result that somebody said they would come for is promised. Nobody watches the deadline of an asynchronous
+    request that shares the work of another."""
+    spec = call.gateway.find_model(body.model, call.caller)
+    params = replace(complete(body, spec, Defaults(output_format=answer.format)), output_format=answer.format)
+    is_promised = preference.is_async or preference.wait_s is not None or call.idempotency_key is not None
+    job = call.make_job(spec, params, is_promised=is_promised, deadline_ms=body.deadline_ms)
+    is_shareable = not preference.is_async or job.deadline_ms is None
+    cache_s = call.gateway.settings.cache_s if is_shareable else 0
+    key = call.idempotency_key
+    return job, choose_terms(body, job, spec, idempotency_key=key, is_promised=is_promised, cache_s=cache_s)
 
 
 async def wait_as_preferred(

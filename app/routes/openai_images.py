@@ -21,16 +21,16 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from app.admission import Admission
-from app.dependencies import CallerDep, DeadlineDep, GatewayDep, IdempotencyKeyDep, RequestIdDep, TraceparentDep
+from app.dependencies import Call, CallDep
 from app.errors import ErrorAnswer, ending_error, invalid, raises, render
 from app.gateway import Gateway
 from app.links import sign_link
 from app.openapi import IMAGE_EVENTS, MODEL_HEADERS, RESULT_HEADERS, SHARING_HEADERS, event_stream, show_headers
-from app.parameters import Defaults, check_size_text, complete, earliest, find_warnings
+from app.parameters import Defaults, check_size_text, complete, earliest
 from app.rendering import model_headers, result_headers, to_base64
 from app.replies import Subscription
 from app.schemas import GenerationFields, OpenAIImageRequest, OpenAIImages
-from app.sharing import cached_for, sharing_headers, with_idempotency_key
+from app.sharing import choose_terms, sharing_headers
 from app.strict_json import JsonRoute
 from app.waiting import Entry, enter, given_up_if_left, wait_for_ending
 from broker.messages import Completed, ImageFormat, Job, JobEvent, Picture, Preview, SamplingParams
@@ -63,44 +63,33 @@ router = APIRouter(prefix="/v1/images", route_class=JsonRoute, tags=["OpenAI"])
     },
 )
 @raises(Admission.find_model, Admission.submit, ending_error)
-async def create_image(
-    body: OpenAIImageRequest,
-    request: Request,
-    gateway: GatewayDep,
-    request_id: RequestIdDep,
-    caller: CallerDep,
-    traceparent: TraceparentDep,
-    deadline_ms: DeadlineDep,
-    idempotency_key: IdempotencyKeyDep = None,
-) -> Response:
+async def create_image(body: OpenAIImageRequest, request: Request, call: CallDep) -> Response:
     """Draws `n` pictures; with `stream`, one picture with real previews on the way."""
     check_offered(body)
-    spec = gateway.find_model(body.model, caller)
-    params = choose_params(body, spec)
-    settings = gateway.settings
-    is_kept = idempotency_key is not None or body.response_format == "url"
-    job = Job(
-        request_id=request_id,
-        model=spec.name,
-        params=params,
-        lane="api",
-        owner=caller.owner,
-        gateway_id=gateway.replies.gateway_id,
-        keep_s=settings.keep_async_s if is_kept else settings.keep_sync_s,
-        deadline_ms=earliest(body.deadline_ms, deadline_ms, round(settings.sync_wait_s * 1000)),
-        warnings=find_warnings(params, spec),
-        traceparent=traceparent,
-        user=body.safety_identifier or body.user,
-    )
-    is_shareable = body.seed is not None and body.cache is not False
-    terms = cached_for(job, spec, settings.cache_s) if is_shareable else Terms()
-    terms = with_idempotency_key(terms, idempotency_key, body, job)
+    gateway = call.gateway
+    spec = gateway.find_model(body.model, call.caller)
+    job, terms = order(body, call, spec)
     async with contextlib.AsyncExitStack() as stack:
-        entry = await stack.enter_async_context(enter(gateway, job, caller, terms))
+        entry = await stack.enter_async_context(enter(gateway, job, call.caller, terms))
         headers = sharing_headers(entry.submitted.origin, terms) | model_headers(spec)
         if body.stream:
             return stream_image(body, entry, gateway, stack.pop_all(), headers)
         return await draw_images(body, entry, gateway, request, headers)
+
+
+def order(body: OpenAIImageRequest, call: Call, spec: ModelSpec) -> tuple[Job, Terms]:
+    """The longest wait is a deadline here: OpenAI's API has no way to come back for a picture."""
+    settings, key = call.gateway.settings, call.idempotency_key
+    is_promised = key is not None or body.response_format == "url"
+    job = call.make_job(
+        spec,
+        choose_params(body, spec),
+        is_promised=is_promised,
+        deadline_ms=earliest(body.deadline_ms, round(settings.sync_wait_s * 1000)),
+        user=body.safety_identifier or body.user,
+    )
+    cache_s = settings.cache_s
+    return job, choose_terms(body, job, spec, idempotency_key=key, is_promised=is_promised, cache_s=cache_s)
 
 
 def check_offered(body: OpenAIImageRequest) -> None:

@@ -91,7 +91,7 @@ local function count_undelivered(model)
   return redis.call('XLEN', ready_key(model)) - pending[1]
 end
 
--- Keeps the ready stream one to two batches deep. Everything else waits in the lines, where order can still change.
+-- Keeps the ready stream one batch deep. Everything else waits in the lines, where order can still change.
 local function top_up(model)
   local target = math.max(MIN_READY_DEPTH, tonumber(redis.call('GET', target_key(model)) or '0'))
   for _ = count_undelivered(model) + 1, target do

@@ -17,7 +17,7 @@ end
 
 local JOB_FIELDS = {'state', 'model', 'lane', 'owner', 'session', 'worker', 'entry_id', 'subscribers', 'followers',
                     'flag', 'finished_by', 'preview_mark', 'claims', 'pointers',
-                    'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'cache_ms', 'cost_us', 'num_slots',
+                    'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'promise_ms', 'cache_ms', 'cost_us', 'num_slots',
                     'result_bytes', 'preview_seq', 'preview_bytes'}
 local NUM_TEXT_FIELDS = 14
 

@@ -1,6 +1,6 @@
 -- Kept results: for how long, and within which budget of bytes.
 -- Two sorted sets of 'request_id:bytes': `kept` by the time at which a result ends, `spare` by the time from which it is
--- promised to nobody. From then on it stays as a cache, and goes first when room is needed, longest unused first.
+-- promised to nobody. From then on it stays while there is room, and the longest unused goes first.
 
 local function get_kept_bytes()
   return tonumber(redis.call('GET', kept_bytes_key()) or '0')
@@ -54,13 +54,13 @@ local function expire_budget()
   end
 end
 
--- Promises a finished result for `keep_ms`, from now.
-local function promise_result(job, keep_ms)
+-- Keeps a finished result for `keep_ms` from now, and promises it for `promise_ms` of that.
+local function promise_result(job, keep_ms, promise_ms)
   local ttl_ms = math.max(keep_ms, job.cache_ms, redis.call('PTTL', job.key))
   local member = job.id .. ':' .. job.result_bytes
   local promised_ms = tonumber(redis.call('ZSCORE', spare_key(), member) or '0')
   redis.call('ZADD', kept_key(), NOW_MS + ttl_ms, member)
-  redis.call('ZADD', spare_key(), math.max(promised_ms, NOW_MS + keep_ms), member)
+  redis.call('ZADD', spare_key(), math.max(promised_ms, NOW_MS + promise_ms), member)
   keep_for(job, ttl_ms)
   expire_budget()
 end
@@ -69,7 +69,7 @@ local function store_result(job, num_bytes)
   purge_kept()
   set_job(job, {result_bytes = num_bytes})
   redis.call('INCRBY', kept_bytes_key(), num_bytes)
-  promise_result(job, job.keep_ms)
+  promise_result(job, job.keep_ms, job.promise_ms)
 end
 
 -- Drops what nobody was promised until there is room, and returns the bytes that are kept after that.

@@ -54,9 +54,9 @@ local function join(job, outcome)
   if outcome ~= 'repeated' then link_to(job) end
   if is_unfinished(job) then
     add_claim(job, ask.request_id)
-    set_job(job, {keep_ms = math.max(job.keep_ms, ask.keep_ms)})
+    set_job(job, {keep_ms = math.max(job.keep_ms, ask.keep_ms), promise_ms = math.max(job.promise_ms, ask.promise_ms)})
   else
-    promise_result(job, ask.keep_ms)
+    promise_result(job, ask.keep_ms, ask.promise_ms)
   end
   return answer(outcome, job)
 end
@@ -113,8 +113,9 @@ end
 local function write_record()
   redis.call('HSET', job_key(ask.request_id), 'job', job_json, 'model', model, 'lane', lane, 'owner', owner,
              'session', ask.session or '', 'state', 'queued', 'attempt', 0, 'created_us', string.format('%.0f', NOW_US),
-             'deadline_at_ms', deadline_at_ms, 'keep_ms', ask.keep_ms, 'cache_ms', ask.cache_ms,
-             'cost_us', ask.cost_us, 'num_slots', ask.num_slots, 'subscribers', ask.gateway_id or '', 'claims', ask.request_id)
+             'deadline_at_ms', deadline_at_ms, 'keep_ms', ask.keep_ms, 'promise_ms', ask.promise_ms,
+             'cache_ms', ask.cache_ms, 'cost_us', ask.cost_us, 'num_slots', ask.num_slots,
+             'subscribers', ask.gateway_id or '', 'claims', ask.request_id)
   return load_job(ask.request_id)
 end
 

@@ -6,7 +6,8 @@ local worker_id, model, count, held_text = unpack(ARGV, 1, 4)
 go_on_without_memory()
 local held = parse_held(held_text)
 
-local target = 2 * tonumber(count)
+-- As much as a worker may ask for next: it is topped up at every take, and a newcomer waits behind all of it.
+local target = tonumber(count)
 local known = tonumber(redis.call('GET', target_key(model)) or '0')
 if target >= known and target > MIN_READY_DEPTH then redis.call('SET', target_key(model), target, 'PX', 60000) end
 
