@@ -121,7 +121,9 @@ def _supervise(settings: GatewaySettings, redis: GivenRedis | EmbeddedRedis) -> 
 def gateway() -> None:
     """The HTTP side alone. Settings are FEWSTEP_* variables: FEWSTEP_REDIS_URL, FEWSTEP_HOST, FEWSTEP_PORT, …
 
-    Example: FEWSTEP_REDIS_URL=redis://10.0.0.5:6379 fewstep gateway
+    Who may use it has to be said: FEWSTEP_API_KEYS_FILE (see fewstep keys create), or FEWSTEP_ALLOW_ANONYMOUS=1.
+
+    Example: FEWSTEP_REDIS_URL=redis://10.0.0.5:6379 FEWSTEP_API_KEYS_FILE=keys.toml fewstep gateway
     """
     from app.main import run
     from app.settings import GatewaySettings
@@ -240,11 +242,11 @@ def generate(
 def _draw(job: Job, spec: ModelSpec, settings: WorkerSettings, output: Path) -> None:
     from broker.messages import Delivery
     from models.loading import load_pipeline
-    from workers.engine import Engine, Finished, GenerationFailed
+    from workers.engine import Blocked, Engine, Finished, GenerationFailed
     from workers.engine.engine import run_until_done
     from workers.engine.runner import ModelRunner
     from workers.images import encode_picture
-    from workers.publisher import collect_warnings
+    from workers.publisher import collect_warnings, explain_block
     from workers.worker import place
 
     _hush_libraries()
@@ -258,6 +260,8 @@ def _draw(job: Job, spec: ModelSpec, settings: WorkerSettings, output: Path) -> 
                 console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
             steps_ms = ", ".join(f"{ms:.0f}" for ms in request.steps_ms)
             console.print(f"{output}: seed {job.params.seed}, steps {steps_ms} ms, decode {request.decode_ms:.0f} ms")
+        case [Blocked() as blocked]:
+            _fail(explain_block(blocked))
         case [GenerationFailed(error=reason)]:
             _fail(f"{type(reason).__name__}: {reason}")
         case outputs:
@@ -325,14 +329,14 @@ def list_keys(file: KeysFile) -> None:
 
     Example: fewstep keys list --file keys.toml
     """
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from app.keys import parse_file
 
     with _one_line_errors():
         records = parse_file(file)
-    headings = ("id", "name", "weight", "requests/min", "images/min", "models", "lanes", "created")
-    table = Table(*headings, box=None, pad_edge=False)
+    headings = ("name", "weight", "requests/min", "images/min", "models", "lanes", "created")
+    table = Table(Column("id", no_wrap=True, min_width=12), *headings, box=None, pad_edge=False)
     for key_id, record in records.items():
         table.add_row(key_id, *_show_record(record))
     Console().print(table)

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from app.callers import Caller
-from app.errors import Forbidden, ModelNotReady, Overloaded, RateExceeded, raises
+from app.errors import Forbidden, ModelNotReady, Overloaded, PromptBlocked, PromptCheckFailed, RateExceeded, raises
 from app.fleet import Fleet, find_warm, make_forecast
 from app.metrics import Metrics
+from app.policy import PromptPolicy
 from app.rates import Rates
 from broker.errors import BrokerError, BrokerUnavailable, IdempotencyConflict, QueueFull, ResultStoreFull, TooLate
 from broker.messages import Job, Lane, WorkerInfo
@@ -39,10 +40,11 @@ class Admission:
         catalog: Mapping[str, ModelSpec],
         limits: Limits,
         metrics: Metrics,
+        policy: PromptPolicy,
         rates: Rates,
     ) -> None:
         self._broker, self._fleet, self._catalog = broker, fleet, catalog
-        self._limits, self._metrics, self._rates = limits, metrics, rates
+        self._limits, self._metrics, self._policy, self._rates = limits, metrics, policy, rates
 
     @raises(UnknownModelError, Forbidden)
     def find_model(self, name: str, caller: Caller) -> ModelSpec:
@@ -61,15 +63,27 @@ class Admission:
         allowed = self.models_of(caller)
         return preferred if preferred in allowed else next(iter(allowed), preferred)
 
-    @raises(Forbidden, ModelNotReady, RateExceeded, Overloaded, IdempotencyConflict, BrokerUnavailable, BrokerError)
+    @raises(
+        Forbidden,
+        ModelNotReady,
+        RateExceeded,
+        PromptBlocked,
+        PromptCheckFailed,
+        Overloaded,
+        IdempotencyConflict,
+        BrokerUnavailable,
+        BrokerError,
+    )
     async def submit(self, job: Job, caller: Caller, terms: Terms | None = None) -> Submitted:
-        """Raises Forbidden, ModelNotReady, RateExceeded, Overloaded, IdempotencyConflict or BrokerUnavailable.
+        """Raises Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, Overloaded,
+        IdempotencyConflict or BrokerUnavailable.
 
         The answer may be an older request; `terms` say when. Weight and forecast are filled in here.
         """
         check_lane(job.lane, caller)
         workers = await self._check_ready(job.model)
         await self._rates.take(job, caller)
+        await self._policy.review(job, self._catalog[job.model])
         forecast = make_forecast(workers, job.params, self._catalog[job.model])
         terms = replace(terms or Terms(), weight=caller.weight, forecast=forecast)
         self._metrics.submitted(job)

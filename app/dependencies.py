@@ -16,27 +16,29 @@ from app.gateway import Gateway
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-def get_gateway(connection: HTTPConnection) -> Gateway:
+async def get_gateway(connection: HTTPConnection) -> Gateway:
     return cast(Gateway, connection.state.gateway)
 
 
-def get_request_id(connection: HTTPConnection) -> str:
+async def get_request_id(connection: HTTPConnection) -> str:
     return cast(str, connection.state.request_id)
 
 
 @raises(Unauthorized)
 async def identify(connection: HTTPConnection) -> Caller:
     """Raises Unauthorized."""
-    gateway = get_gateway(connection)
+    gateway = await get_gateway(connection)
     return authenticate(connection.headers, gateway.keys, allow_anonymous=gateway.settings.allow_anonymous)
 
 
-def get_traceparent(traceparent: Annotated[str | None, Header()] = None) -> str | None:
+async def get_traceparent(traceparent: Annotated[str | None, Header()] = None) -> str | None:
     """W3C trace context, passed on to the worker when it is well formed."""
     return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
 
 
-def get_deadline_ms(x_fewstep_deadline_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None) -> int | None:
+async def get_deadline_ms(
+    x_fewstep_deadline_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
+) -> int | None:
     """Milliseconds from now; the earlier of this and the body's `deadline_ms` counts."""
     return x_fewstep_deadline_ms
 

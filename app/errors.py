@@ -2,6 +2,8 @@
 
 GatewayError
 ├── InvalidRequest           a field that is missing, unknown or out of its limits
+├── PromptBlocked            the operator's prompt check refused it
+├── PromptCheckFailed        the operator's prompt check gave no answer
 ├── UnsupportedBody          a body that isn't declared as JSON, or that is compressed
 ├── NotAcceptable            none of the types in Accept can be made
 ├── ModelNotReady            no live worker holds the model warm
@@ -11,7 +13,8 @@ GatewayError
 ├── GenerationFailed         the request ended without a picture
 │   ├── GenerationCancelled
 │   ├── GenerationSuperseded
-│   └── GenerationExpired
+│   ├── GenerationExpired
+│   └── PictureBlocked       the model's safety checker blocked what was drawn
 ├── Unauthorized             the API key is missing, wrong or revoked
 ├── Forbidden                the key may not use this model or lane
 ├── RateExceeded             more than the key's requests or images per minute
@@ -32,7 +35,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from broker.errors import BrokerError, BrokerUnavailable, IdempotencyConflict, RequestNotFound
-from broker.messages import Cancelled, Expired, Failed, JobError, Superseded
+from broker.messages import CONTENT_BLOCKED, Cancelled, Expired, Failed, JobError, Superseded
 from models.catalog import UnknownModelError
 
 MAX_SHOWN_CHARS = 60
@@ -50,6 +53,14 @@ class GatewayError(Exception):
 
 class InvalidRequest(GatewayError):
     """A field that is missing, unknown or out of its limits; the message says what is allowed."""
+
+
+class PromptBlocked(GatewayError):
+    """The operator's prompt check refused it."""
+
+
+class PromptCheckFailed(GatewayError):
+    """The operator's prompt check gave no answer, which is not a yes."""
 
 
 class UnsupportedBody(GatewayError):
@@ -90,6 +101,10 @@ class GenerationSuperseded(GenerationFailed):
 
 class GenerationExpired(GenerationFailed):
     """Its deadline passed before it could be drawn."""
+
+
+class PictureBlocked(GenerationFailed):
+    """The model's safety checker blocked what was drawn."""
 
 
 class Unauthorized(GatewayError):
@@ -154,6 +169,8 @@ TABLE: dict[type[Exception], Row] = {
     WrongHost: Row(
         400, _REQUEST, "wrong_host", meaning="the `Host` header names another server (`FEWSTEP_ALLOWED_HOSTS`)"
     ),
+    PromptBlocked: Row(400, _REQUEST, CONTENT_BLOCKED),
+    PictureBlocked: Row(400, _REQUEST, CONTENT_BLOCKED),
     Unauthorized: Row(401, _REQUEST, "invalid_api_key"),
     InvalidToken: Row(401, _REQUEST, "invalid_token", more_codes=("token_expired",)),
     Forbidden: Row(403, _REQUEST, "not_allowed", more_codes=("model_not_allowed", "lane_not_allowed")),
@@ -195,6 +212,7 @@ TABLE: dict[type[Exception], Row] = {
         meaning="the request ended without a picture, and would again",
     ),
     ModelNotReady: Row(503, _SERVER, "model_not_ready", says_when=True),
+    PromptCheckFailed: Row(503, _SERVER, "prompt_check_failed"),
     BrokerUnavailable: Row(503, _SERVER, "queue_unavailable", says_when=True, meaning="the queue can't be reached"),
     BrokerError: Row(500, _SERVER, "queue_error", meaning="the queue refused the request"),
     GenerationExpired: Row(
@@ -409,5 +427,7 @@ def ending_error(ending: Failed | Superseded | Cancelled | Expired) -> Generatio
 
 
 def _failure(error: JobError) -> GenerationFailed:
+    if error.code == CONTENT_BLOCKED:
+        return PictureBlocked(error.message)
     retry_after_ms = _DEFAULT_RETRY_AFTER_MS if error.is_retryable else None
     return GenerationFailed(error.message, code=error.code, retry_after_ms=retry_after_ms)

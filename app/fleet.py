@@ -66,7 +66,8 @@ def _cost_on(warm: WarmModel, params: SamplingParams, spec: ModelSpec) -> Foreca
 
     def run_ms(rows: int, images: int) -> float:
         steps_ms = params.num_inference_steps * cost_at(costs.step_ms, rows)
-        return warm.text_ms + steps_ms + cost_at(costs.decode_ms, images)
+        check_ms = cost_at(costs.check_ms, images) if costs.check_ms else 0.0
+        return warm.text_ms + steps_ms + cost_at(costs.decode_ms, images) + check_ms
 
     full_ms = run_ms(full, max(costs.max_rows, params.num_images))
     return Forecast(

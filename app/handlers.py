@@ -18,6 +18,7 @@ from starlette.routing import Route
 from app.errors import (
     ErrorAnswer,
     GatewayError,
+    GenerationFailed,
     InvalidRequest,
     UnsupportedBody,
     http_error,
@@ -50,6 +51,12 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def answer_domain_error(request: Request, error: Exception) -> Response:
         return respond(request, render(error))
 
+    async def answer_ending(request: Request, error: Exception) -> Response:
+        """Not a refusal: the request was in the queue, and its end is counted among the outcomes."""
+        del request
+        answer = render(error)
+        return JSONResponse(answer.body, answer.status, answer.headers)
+
     async def answer_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return respond(request, render(explain_validation(request, error)))
@@ -72,6 +79,7 @@ def install_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         add_headers(MutableHeaders(raw=response.raw_headers), request.state.request_id)
         return response
 
+    app.add_exception_handler(GenerationFailed, answer_ending)
     for kind in (GatewayError, BrokerError, CatalogError):
         app.add_exception_handler(kind, answer_domain_error)
     app.add_exception_handler(RequestValidationError, answer_validation_error)

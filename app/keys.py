@@ -35,7 +35,7 @@ _NO_KEY = "0" * 64  # no text has this hash, as far as anyone knows
 
 log = logging.getLogger(__name__)
 
-Rate = Annotated[int, Field(ge=1, le=1_000_000)]
+Rate = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class KeyRecord(BaseModel):

@@ -167,7 +167,9 @@ class Door:
         try:
             if access.token is not None:
                 return self._enter_with(access.token)
-            return access if access.caller is ANONYMOUS else Access(self._gateway.keys.get(access.caller.owner))
+            if access.caller is ANONYMOUS:
+                return access
+            return self._enter_as(self._gateway.keys.get(access.caller.owner))
         except GatewayError as error:
             raise self._refuse(error) from error
 
@@ -179,7 +181,9 @@ class Door:
             return Access(ANONYMOUS)
         if not credential.startswith(KEY_PREFIX):
             return self._enter_with(LiveToken.model_validate(self._gateway.signer.read(PURPOSE, credential)))
-        caller = self._gateway.keys.find(credential)
+        return self._enter_as(self._gateway.keys.find(credential))
+
+    def _enter_as(self, caller: Caller) -> Access:
         check_lane("live", caller)
         if not self._is_welcome_origin:
             raise Unauthorized("a page of this origin needs a live token, see POST /v1/live/tokens")

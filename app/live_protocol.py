@@ -102,7 +102,7 @@ def _frame_header(frame: Frame, number: int) -> dict[str, Any]:
 def _show_timings(timings: Timings | None) -> dict[str, float] | None:
     if timings is None:
         return None
-    stages = ("queue", "text", "denoise", "decode", "encode", "total")
+    stages = ("queue", "text", "denoise", "decode", "check", "encode", "total")
     return {f"{stage}_ms": round(getattr(timings, f"{stage}_ms"), 3) for stage in stages}
 
 

@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app.admission import new_request_id
 from app.callers import ANONYMOUS
-from app.errors import GatewayError, GenerationFailed, InvalidRequest, ending_error, invalid
+from app.errors import GatewayError, GenerationFailed, InvalidRequest, ending_error, invalid, render
 from app.gateway import Gateway
 from app.live_access import Access, Door
 from app.live_outbox import Outbox
@@ -173,10 +173,10 @@ class LiveSession:
     async def _watch_access(self) -> None:
         """Ends the session when its token ends or its key is revoked. A key that has changed counts from now on."""
         while True:
+            self._access = self._door.confirm(self._access)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._access.seconds_left):
                     await self._gateway.keys.changed()
-            self._access = self._door.confirm(self._access)
 
     # In
 
@@ -237,7 +237,8 @@ class LiveSession:
     def _plan(self, message: LiveGenerate) -> Drawing:
         spec = self._gateway.find_model(message.model, self._access.caller)
         quick: Decoder = "tiny" if message.refine else "full"
-        defaults = Defaults(output_format="jpeg", previews=True, decoder=quick, seed=self._seed)
+        previews = spec.safety_checker is None
+        defaults = Defaults(output_format="jpeg", previews=previews, decoder=quick, seed=self._seed)
         params = complete(message, spec, defaults)
         job = self._make_job(spec, params, message.deadline_ms)
         if message.refine is None:
@@ -283,6 +284,7 @@ class LiveSession:
                     raise_if_cancelled()
                     await self._show(drawing, subscription)
         except (GatewayError, BrokerError) as error:
+            self._gateway.metrics.rejected.labels(render(error).code).inc()
             self._refuse(error, drawing.seq, drawing.job.request_id)
         finally:
             self._num_under_way -= 1

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from app.admission import Admission, new_request_id
 from app.errors import ErrorAnswer
@@ -24,9 +25,12 @@ from app.handlers import install_error_handlers
 from app.http_protocol import make_protocol
 from app.keys import KeyRing
 from app.metrics import Metrics
-from app.middleware import BodyDeadline, Guard, RequestContext, allowed_hosts
+from app.middleware import EXPOSED_HEADERS, BodyDeadline, Guard, RequestContext, allowed_hosts
 from app.openapi import describe
+from app.policy import PromptPolicy, load_prompt_check
+from app.process import prepare_process
 from app.rates import Rates
+from app.redaction import redact_logs
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
@@ -56,10 +60,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     catalog = load_catalog(settings.catalog)
     check_default_model(settings, catalog)
     keys, metrics = KeyRing(settings), Metrics()
+    policy = PromptPolicy(load_prompt_check(settings.prompt_check), settings.prompt_check_timeout_s, metrics)
     app = FastAPI(
         title="fewstep",
         summary="Real-time text-to-image",
-        lifespan=partial(lifespan, settings=settings, catalog=catalog, keys=keys, metrics=metrics),
+        lifespan=partial(lifespan, settings=settings, catalog=catalog, keys=keys, metrics=metrics, policy=policy),
         docs_url=None,  # Swagger's page is fetched from elsewhere
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
@@ -89,18 +94,37 @@ def add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) ->
 
     app.add_middleware(BodyDeadline, timeout_s=settings.body_timeout_s)
     app.add_middleware(Guard, hosts=hosts, max_body_bytes=settings.max_body_bytes, on_refusal=count_refusal)
+    if settings.cors_origins:
+        add_cors(app, settings.cors_origins)
     app.add_middleware(RequestContext, metrics=metrics)
+
+
+def add_cors(app: FastAPI, origins: tuple[str, ...]) -> None:
+    """Lets pages of other sites call the API. Credentials travel in Authorization alone, never in cookies."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS,
+    )
 
 
 @asynccontextmanager
 async def lifespan(
-    app: FastAPI, *, settings: GatewaySettings, catalog: dict[str, ModelSpec], keys: KeyRing, metrics: Metrics
+    app: FastAPI,
+    *,
+    settings: GatewaySettings,
+    catalog: dict[str, ModelSpec],
+    keys: KeyRing,
+    metrics: Metrics,
+    policy: PromptPolicy,
 ) -> AsyncIterator[dict[str, Any]]:
     """Connected, reading replies, alive; then everything in reverse."""
     del app
     async with connect(settings) as broker, Rates(settings) as rates:
         signer = await make_signer(settings, broker)
-        gateway = build_gateway(settings, catalog, broker, metrics, keys, signer, rates)
+        gateway = build_gateway(settings, catalog, broker, metrics, keys, signer, policy, rates)
         replies = gateway.replies
         async with running(replies.read_forever(), replies.keep_alive_forever(), keys.watch_forever()):
             yield {"gateway": gateway}
@@ -115,6 +139,7 @@ def build_gateway(
     metrics: Metrics,
     keys: KeyRing,
     signer: Signer,
+    policy: PromptPolicy,
     rates: Rates,
 ) -> Gateway:
     limits = Limits(max_depth=settings.max_depth, max_result_bytes=settings.max_result_bytes)
@@ -125,7 +150,7 @@ def build_gateway(
         broker=broker,
         replies=Replies(broker, f"gateway-{new_request_id()}", metrics.observe),
         fleet=fleet,
-        admission=Admission(broker, fleet, catalog, limits, metrics, rates),
+        admission=Admission(broker, fleet, catalog, limits, metrics, policy, rates),
         metrics=metrics,
         keys=keys,
         signer=signer,
@@ -199,6 +224,8 @@ def make_server(settings: GatewaySettings) -> GatewayServer:
         ws_ping_timeout=settings.live_ping_s,
         timeout_graceful_shutdown=settings.shutdown_s,
         server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
     )
     return GatewayServer(config)
 
@@ -210,6 +237,7 @@ def run(settings: GatewaySettings) -> None:
     server = make_server(settings)
     listener = bind(settings)
     asyncio.run(check_redis(settings))
+    prepare_process(settings.max_live_connections)
     with listener, contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
         host, port = listener.getsockname()[:2]
         log.info("the gateway serves http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -243,4 +271,5 @@ def configure_logging(settings: GatewaySettings) -> None:
     level = settings.log_level.upper()
     for name in ("app", "broker"):
         logging.getLogger(name).setLevel(level)
+    redact_logs()
     logging.getLogger("uvicorn").setLevel("WARNING" if level == "INFO" else level)  # it tells of every step

@@ -11,7 +11,7 @@ from broker.messages import Completed, Job, LoggedEvent, Timings, WorkerInfo
 
 # From 1 ms: a few-step picture on a GPU takes less than the smallest bucket of most servers.
 BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-STAGES = ("text", "denoise", "decode", "encode")
+STAGES = ("text", "denoise", "decode", "check", "encode")
 MAX_TRACKED = 20_000
 
 
@@ -38,6 +38,7 @@ class Metrics:
             "fewstep_request_duration_seconds", "HTTP requests until their last byte.", "route", "status"
         )
         self.rejected = self._counter("fewstep_rejected", "Requests refused before they got into the queue.", "reason")
+        self.prompt_check = self._histogram("fewstep_prompt_check_seconds", "The operator's prompt check.", "result")
 
     def _add_request_metrics(self) -> None:
         self.queue_wait = self._histogram("fewstep_queue_wait_seconds", "From submit to a worker's hands.", "model")
@@ -96,7 +97,9 @@ class Metrics:
     def _observe_timings(self, model: str, timings: Timings) -> None:
         self.queue_wait.labels(model).observe(timings.queue_ms / 1000)
         for stage in STAGES:
-            self.stage.labels(model, stage).observe(getattr(timings, f"{stage}_ms") / 1000)
+            ms = getattr(timings, f"{stage}_ms")
+            if ms or stage != "check":  # a stage that most models don't have
+                self.stage.labels(model, stage).observe(ms / 1000)
 
     def set_queue(self, depths: Mapping[str, Mapping[str, int]], workers: Iterable[WorkerInfo]) -> None:
         """Fills in what only Redis knows, right before a scrape."""

@@ -16,12 +16,32 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.admission import new_request_id
 from app.errors import ErrorAnswer, UnsupportedBody, WrongHost, http_error, render, shorten
 from app.metrics import Metrics
-from app.rates import noted_usages, rate_headers
+from app.rates import RATE_HEADERS, noted_usages, rate_headers
 from app.settings import LOOPBACK_NAMES
 
 log = logging.getLogger(__name__)
 
 UNMATCHED = "unmatched"
+
+# What a page elsewhere may read of an answer, where CORS lets it read any.
+EXPOSED_HEADERS = (
+    "X-Request-Id",
+    "Server-Timing",
+    "Location",
+    "Preference-Applied",
+    "Cache-Status",
+    "Idempotent-Replayed",
+    "Retry-After",
+    "retry-after-ms",
+    "x-should-retry",
+    *RATE_HEADERS,
+    "X-Fewstep-Generation",
+    "X-Fewstep-Model",
+    "X-Fewstep-Model-Revision",
+    "X-Fewstep-Seed",
+    "Deprecation",
+    "Sunset",
+)
 
 
 class RequestContext:

@@ -60,6 +60,16 @@ def earliest(*deadlines_ms: int | None) -> int | None:
 
 def find_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
     """What is accepted but has no effect."""
+    return _negative_prompt_warnings(params, spec) + _preview_warnings(params, spec)
+
+
+def _preview_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
+    if not params.previews or spec.safety_checker is None:
+        return ()
+    return (f"previews has no effect: a safety checker judges the pictures of {spec.name} when they are finished",)
+
+
+def _negative_prompt_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
     if not params.negative_prompt or spec.is_guided(params.guidance_scale):
         return ()
     if spec.guidance_embedded:

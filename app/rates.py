@@ -28,6 +28,7 @@ from broker.keys import Keys
 from broker.messages import Job
 
 WINDOW_S = 60
+RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset", "RateLimit-Policy", "RateLimit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +170,11 @@ def rate_headers(usages: list[Usage]) -> dict[str, str]:
     if not usages:
         return {}
     tightest = min(usages, key=lambda usage: usage.remaining / usage.budget.limit)
-    return {
-        "X-RateLimit-Limit": str(tightest.budget.limit),
-        "X-RateLimit-Remaining": str(tightest.remaining),
-        "X-RateLimit-Reset": str(math.ceil(tightest.reset_s)),
-        "RateLimit-Policy": ", ".join(f'"{u.budget.name}";q={u.budget.limit};w={WINDOW_S}' for u in usages),
-        "RateLimit": ", ".join(f'"{u.budget.name}";r={u.remaining};t={math.ceil(u.reset_s)}' for u in usages),
-    }
+    values = (
+        str(tightest.budget.limit),
+        str(tightest.remaining),
+        str(math.ceil(tightest.reset_s)),
+        ", ".join(f'"{usage.budget.name}";q={usage.budget.limit};w={WINDOW_S}' for usage in usages),
+        ", ".join(f'"{usage.budget.name}";r={usage.remaining};t={math.ceil(usage.reset_s)}' for usage in usages),
+    )
+    return dict(zip(RATE_HEADERS, values, strict=True))

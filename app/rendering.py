@@ -33,7 +33,7 @@ from broker.redis_broker import RequestStatus
 from broker.terms import Origin
 from models.catalog import ModelSpec
 
-STAGES = ("queue", "text", "denoise", "decode", "encode", "total")
+STAGES = ("queue", "text", "denoise", "decode", "check", "encode", "total")
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,15 +101,16 @@ class LiveTokenRequest(_Request):
     model: Name | None = None
     ttl_s: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_messages_per_s: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = None
-    max_images_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_images_per_minute: Annotated[int, Field(ge=1, le=100_000)] | None = None
     user: Annotated[str, Field(min_length=1, max_length=200)] | None = None
 
 
 class OpenAIImageRequest(_Request):
     """Body of `POST /v1/images/generations`: OpenAI's fields, and ours by the SDK's `extra_body`.
 
-    `complexity`, `moderation` and `style` change nothing here and are accepted for clients that send them. What belongs
-    to formats that aren't offered (GIF, SVG) is known, so that its refusal can say so.
+    `complexity`, `moderation` and `style` change nothing here and are accepted for clients that send them; `user` and
+    `safety_identifier` reach the operator's prompt check. What belongs to formats that aren't offered (GIF, SVG) is
+    known, so that its refusal can say so.
     """
 
     prompt: Text
@@ -169,6 +170,7 @@ class GenerationTimings(BaseModel):
     text_ms: float
     denoise_ms: float
     decode_ms: float
+    check_ms: float
     encode_ms: float
     total_ms: float
     steps_ms: list[float]
@@ -318,6 +320,7 @@ class SizeCard(BaseModel):
     step_ms: dict[int, float]
     decode_ms: dict[int, float]
     preview_ms: dict[int, float]
+    check_ms: dict[int, float]
 
 
 class WorkerCosts(BaseModel):
@@ -360,6 +363,7 @@ class ModelCard(BaseModel):
     max_num_images: int
     max_prompt_chars: int
     has_tiny_decoder: bool
+    has_safety_checker: bool
     example_prompts: list[str]
     deprecated: str | None
     sunset: str | None

@@ -22,7 +22,8 @@ class GatewaySettings(SharedSettings):
 
     `allowed_origins` are further origins ("https://example.org") that may open a live socket, `cors_origins` those
     whose pages may call the API, `allowed_hosts` further names that the Host header may carry, `trusted_proxies`
-    addresses whose X-Forwarded-For and -Proto count; all may be comma-separated.
+    addresses whose X-Forwarded-For and -Proto count; all may be comma-separated. `prompt_check` is
+    "package.module:function".
     """
 
     host: str = "127.0.0.1"
@@ -54,6 +55,9 @@ class GatewaySettings(SharedSettings):
     live_send_timeout_s: float = Field(default=5, gt=0)
     live_ping_s: float = Field(default=20, gt=0)
     live_reconnect_in_ms: int = Field(default=1000, ge=0)
+
+    prompt_check: str | None = None
+    prompt_check_timeout_s: float = Field(default=2, gt=0, le=60)
 
     api_keys_file: Path | None = None
     api_keys: str | None = None

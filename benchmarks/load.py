@@ -174,6 +174,11 @@ class Connection:
 
     async def post(self, request: bytes) -> tuple[int, bytes]:
         """Status and body of the answer."""
+        head, data = await self.exchange(request)
+        return int(head.split(b" ", 2)[1]), data
+
+    async def exchange(self, request: bytes) -> tuple[bytes, bytes]:
+        """Head and body of the answer."""
         self._writer.write(request)
         head = await self._reader.readuntil(b"\r\n\r\n")
         length = CONTENT_LENGTH.search(head)
@@ -181,7 +186,7 @@ class Connection:
             raise ValueError(f"an answer without Content-Length: {head!r}")
         data = await self._reader.readexactly(int(length[1]))
         self.used_s = time.perf_counter()
-        return int(head.split(b" ", 2)[1]), data
+        return head, data
 
     def close(self) -> None:
         self._writer.close()

@@ -12,10 +12,14 @@ from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.driver_info import DriverInfo
 
 from broker.errors import BrokerUnavailable, RedisTooOld
 
 MIN_VERSION = (6, 2)
+
+# One for all: by itself redis-py looks its own version up on disk for every connection, while everything else waits.
+DRIVER = DriverInfo(lib_version=redis.__version__)
 
 # What makes a server refuse for now, though it answers: it loads, is a replica, is out of memory, or is busy.
 _PASSING_ERRORS = (
@@ -52,6 +56,7 @@ def connect_from_thread(url: str, timeout_s: float) -> redis.Redis:
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         retry=redis.retry.Retry(NoBackoff(), 1),
+        driver_info=DRIVER,
     )
 
 
@@ -64,6 +69,7 @@ def _connect(url: str, *, num_connections: int, timeout_s: float, retry: Retry) 
         socket_timeout=timeout_s,
         socket_connect_timeout=2.0,
         retry=retry,
+        driver_info=DRIVER,
     )
     return Redis.from_pool(pool)
 

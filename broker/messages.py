@@ -7,13 +7,14 @@ as raw fields: `encode_*` and `decode_*` at the end are the only places that kno
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
 SCHEMA_VERSION = 1
 MAX_SEED = 2**53 - 1
+CONTENT_BLOCKED = "content_policy_violation"  # OpenAI's code, which its clients know
 
 Lane = Literal["live", "api"]
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -64,7 +65,7 @@ class Job:
     `owner` is the key (or "anonymous") whose line it waits in, `session` the live connection it belongs to,
     `gateway_id` the first subscriber of its events (None: nobody waits). `keep_s` is how long its log and pictures
     outlive its end; 0 keeps states only. `deadline_ms` counts from the submit, by Redis' clock. `input_image` is the
-    place of image-to-image, not offered yet.
+    place of image-to-image, not offered yet. `user` is what an application calls its own end user.
     """
 
     request_id: str
@@ -79,6 +80,7 @@ class Job:
     warnings: tuple[str, ...] = ()
     traceparent: str | None = None
     input_image: str | None = None
+    user: str | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -125,7 +127,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Milliseconds of each stage of one request; `steps_ms` has one entry per denoising step."""
+    """Milliseconds of each stage of one request; `steps_ms` has one entry per denoising step.
+
+    `check_ms` is the safety checker's, 0 for a model without one.
+    """
 
     queue_ms: float
     text_ms: float
@@ -134,6 +139,7 @@ class Timings:
     encode_ms: float
     total_ms: float
     steps_ms: tuple[float, ...] = ()
+    check_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +231,7 @@ class SizeCosts:
     """What one picture size costs: milliseconds of a batch by its rows.
 
     `max_rows` is how far a batch may grow: beyond it one more row costs the others more than it saves in the queue.
+    `check_ms` is empty for a model without a safety checker.
     """
 
     width: int
@@ -233,6 +240,7 @@ class SizeCosts:
     step_ms: dict[int, float]
     decode_ms: dict[int, float]
     preview_ms: dict[int, float]
+    check_ms: dict[int, float] = field(default_factory=dict)
 
 
 def cost_at(table: Mapping[int, float], rows: int) -> float:

@@ -80,7 +80,9 @@ class ModelSpec(_Entry):
     A `source` is "bundled:<folder>" (ships with this repository), a local folder, or a repository on the Hugging Face
     Hub. `sizes` are the allowed (width, height), the first one the default; `warm_sizes` are proven before a worker is
     ready. `max_prompt_chars` bounds the text, the tokenizer's own limit gives a warning. `guidance_embedded` marks a
-    full LCM, whose network reads the guidance scale as an input.
+    full LCM, whose network reads the guidance scale as an input. `check_prompts` is whether the gateway's prompt check,
+    where one is set, sees the model's prompts. `safety_checker` is the source whose folders `safety_checker` and
+    `feature_extractor` judge every finished picture; with it there are no previews, which nothing would judge.
     """
 
     name: str
@@ -93,6 +95,7 @@ class ModelSpec(_Entry):
     variant: str | None = None
     vae: str | None = None
     tiny_vae: str | None = None
+    safety_checker: str | None = None
     lora: LoraSpec | None = None
     schedulers: dict[str, SchedulerSpec] = Field(min_length=1)
     default_scheduler: str
@@ -104,6 +107,7 @@ class ModelSpec(_Entry):
     max_batch_size: int = Field(default=8, ge=1)
     max_num_images: int = Field(default=4, ge=1)
     max_prompt_chars: int = Field(default=2000, ge=1)
+    check_prompts: bool = True
     example_prompts: list[str] = []
     deprecated: date | None = None
     sunset: date | None = None

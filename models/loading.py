@@ -1,4 +1,4 @@
-"""From a catalog entry to a model in memory: weights, LoRA fuse, VAE choice.
+"""From a catalog entry to a model in memory: weights, LoRA fuse, VAE choice, safety checker.
 
 Safetensors only, and no code from model folders.
 """
@@ -63,6 +63,7 @@ def load_pipeline(
             dtype,
             pipe=settle(pipe, device),
             tiny_vae=_load_tiny_vae(spec, device, dtype),
+            safety=_load_safety(spec, device, dtype),
             scheduler_config=dict(pipe.scheduler.config),
             cuda_graphs=cuda_graphs,
         )
@@ -126,22 +127,38 @@ def _load_tiny_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) ->
     return settle(_from_pretrained(diffusers.AutoencoderTiny, spec, source, dtype), device)
 
 
+def _load_safety(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any] | None:
+    """The checker and its feature extractor. Revision and variant are those of the model's own source alone."""
+    if spec.safety_checker is None:
+        return None
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker  # late, as pipelines
+    from transformers import CLIPImageProcessor
+
+    source = resolve_source(spec.safety_checker)
+    own = spec if spec.safety_checker == spec.source else spec.model_copy(update={"revision": None, "variant": None})
+    _check_weights(spec, f"{source}/safety_checker")
+    checker, report = _from_pretrained(
+        StableDiffusionSafetyChecker, own, source, dtype, subfolder="safety_checker", output_loading_info=True
+    )
+    if missing := sorted(report["missing_keys"]):  # which transformers fills with random numbers
+        raise LoadError(f"{spec.name}: the safety checker of {source} lacks {len(missing)} weights: {missing[0]}, …")
+    extractor = _load(CLIPImageProcessor, own, source, subfolder="feature_extractor")
+    return settle(checker, device), extractor
+
+
 def _from_pretrained(kind: Any, spec: ModelSpec, source: str, dtype: torch.dtype, **arguments: Any) -> Any:
+    folder = Path(source, arguments.get("subfolder", ""))
+    variant = spec.variant if not folder.is_dir() or _has_variant(folder, spec.variant) else None
+    return _load(kind, spec, source, dtype=dtype, variant=variant, use_safetensors=True, **arguments)
+
+
+def _load(kind: Any, spec: ModelSpec, source: str, **arguments: Any) -> Any:
     is_local = Path(source).is_dir()
     if Path(source).is_absolute() and not is_local:
         raise LoadError(f"{spec.name}: can't load {kind.__name__}: there is no folder {source}")
-    variant = spec.variant if not is_local or _has_variant(Path(source), spec.variant) else None
     revision = None if is_local else spec.revision
     try:
-        return kind.from_pretrained(
-            source,
-            dtype=dtype,
-            variant=variant,
-            revision=revision,
-            use_safetensors=True,
-            local_files_only=is_local,
-            **arguments,
-        )
+        return kind.from_pretrained(source, revision=revision, local_files_only=is_local, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise LoadError(f"{spec.name}: can't load {kind.__name__} from {source}: {_first_line(error)}") from error
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.catalog import ModelSpec
@@ -74,6 +76,10 @@ class FewStepPipeline(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures as uint8 "b height width 3", on `device`, by the full decoder."""
+
+    @abstractmethod
+    def check(self, images: Sequence[NDArray[np.uint8]]) -> list[bool]:
+        """Which pictures "height width 3", of any sizes, the safety checker blocks. Only where the entry has one."""
 
     @abstractmethod
     def preview(self, latents: Tensor) -> Tensor:

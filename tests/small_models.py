@@ -15,10 +15,18 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizerFast,
+)
 
 from models.catalog import LoraSpec, ModelSpec, Range, SchedulerSpec, StepRange
 
@@ -144,6 +152,30 @@ def make_lora_folder(folder: Path, base_folder: Path) -> None:
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
 
 
+def make_safety_folder(folder: Path, concept_threshold: float, care_threshold: float = 2.0) -> None:
+    """A StableDiffusionSafetyChecker of random weights with its feature extractor.
+
+    Thresholds are of cosines: with 2 it blocks nothing, with -2 everything.
+    """
+    torch.manual_seed(4)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16))
+    for name in ("concept_embeds", "special_care_embeds"):
+        torch.nn.init.normal_(getattr(checker, name))
+    checker.concept_embeds_weights.fill_(concept_threshold)
+    checker.special_care_embeds_weights.fill_(care_threshold)
+    checker.save_pretrained(folder / "safety_checker")
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder / "feature_extractor")
+
+
 def small_spec(root: Path, **changes: Any) -> ModelSpec:
     """A catalog entry over folders that are made under `root` when they aren't there yet."""
     if not (root / "sd").exists():
@@ -215,27 +247,32 @@ def _make_tokenizer() -> CLIPTokenizerFast:
 
 def write_small_catalog(root: Path, names: Sequence[str] = ("small",)) -> Path:
     """A catalog file whose entries are all `small_spec`."""
-    spec = small_spec(root)
-    path = root / "catalog.toml"
-    path.write_text("".join(_write_entry(name, spec) for name in names), encoding="utf-8")
+    return write_catalog(root / "catalog.toml", [small_spec(root, name=name) for name in names])
+
+
+def write_catalog(path: Path, specs: Sequence[ModelSpec]) -> Path:
+    """Of specs that differ from `small_spec` in their names and safety checkers alone."""
+    path.write_text("".join(map(_write_entry, specs)), encoding="utf-8")
     return path
 
 
-def _write_entry(name: str, spec: ModelSpec) -> str:
+def _write_entry(spec: ModelSpec) -> str:
+    checker = f'safety_checker = "{spec.safety_checker}"' if spec.safety_checker else ""
     schedulers = "\n".join(f'{key} = {{ class_name = "{s.class_name}" }}' for key, s in spec.schedulers.items())
     return f"""
-[{name}]
+[{spec.name}]
 description = "{spec.description}"
 family = "sd"
 source = "{spec.source}"
 license = "{spec.license}"
 tiny_vae = "{spec.tiny_vae}"
+{checker}
 default_scheduler = "lcm"
 num_inference_steps = {{ default = 4, min = 1, max = 50 }}
 guidance_scale = {{ default = 0, min = 0, max = 5 }}
 sizes = [[32, 32], [48, 32]]
 warm_sizes = [[32, 32]]
 max_batch_size = 8
-[{name}.schedulers]
+[{spec.name}.schedulers]
 {schedulers}
 """

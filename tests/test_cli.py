@@ -23,7 +23,7 @@ def fewstep(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         text=True,
         timeout=120,
         check=False,
-        env=clean | environment | {"COLUMNS": "200"},
+        env=clean | {"COLUMNS": "200"} | environment,
     )
 
 
@@ -126,6 +126,7 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     listed = fewstep("keys", "list", FEWSTEP_API_KEYS_FILE=path).stdout
     for word in (key_id, "shop", "120", "unlimited", "mini-lcm", "api, live"):
         assert word in listed
+    assert key_id in fewstep("keys", "list", "--file", path, COLUMNS="60").stdout  # to be revoked by
     revoked = fewstep("keys", "revoke", key_id, "--file", path)
     assert (revoked.returncode, "shop is revoked" in revoked.stderr) == (0, True)
     assert key_id not in fewstep("keys", "list", "--file", path).stdout

@@ -20,6 +20,19 @@ class WorkerMetrics:
         self.step = Histogram(
             "fewstep_step_seconds", "Time of one engine step", ["rows"], buckets=BUCKETS_S, registry=registry
         )
+        self.check = Histogram(
+            "fewstep_check_seconds",
+            "Time of one batch in the safety checker",
+            ["rows"],
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+        self.blocked = Counter(
+            "fewstep_blocked_requests",
+            "Requests whose pictures the safety checker blocked",
+            ["model"],
+            registry=registry,
+        )
         self.outcomes = Counter(
             "fewstep_worker_requests", "Requests ended here", ["model", "outcome"], registry=registry
         )
@@ -46,6 +59,9 @@ class WorkerMetrics:
     def observe_step(self, model: str, num_rows: int, seconds: float) -> None:
         self.step.labels(num_rows).observe(seconds)
         self.rows.labels(model).inc(num_rows)
+
+    def observe_check(self, num_rows: int, seconds: float) -> None:
+        self.check.labels(num_rows).observe(seconds)
 
     def observe_stop(self, output: Aborted) -> None:
         """What was computed in vain for a request that was stopped."""

@@ -14,6 +14,7 @@ import torch
 
 from broker.errors import BrokerUnavailable
 from broker.messages import (
+    CONTENT_BLOCKED,
     Cancelled,
     Completed,
     Expired,
@@ -27,7 +28,7 @@ from broker.messages import (
     Timings,
 )
 from broker.redis_broker import RedisBroker
-from workers.engine import Aborted, Finished, GenerationFailed, PreviewReady
+from workers.engine import Aborted, Blocked, Finished, GenerationFailed, PreviewReady
 from workers.engine.outputs import Pixels
 from workers.engine.request import RequestState
 from workers.holdings import Holdings
@@ -37,7 +38,7 @@ from workers.metrics import WorkerMetrics
 logger = logging.getLogger(__name__)
 
 PREVIEW_QUALITY = 85
-Ending = Finished | Aborted | GenerationFailed
+Ending = Finished | Blocked | Aborted | GenerationFailed
 STOPPED: dict[str, type[Cancelled | Superseded | Expired]] = {
     "cancelled": Cancelled,
     "newer": Superseded,
@@ -98,6 +99,9 @@ class Publisher:
         match output:
             case Finished(request=request, pixels=pixels):
                 return await self._complete(request, pixels)
+            case Blocked():
+                self._metrics.blocked.labels(output.request.model).inc()
+                return Failed(request_id, JobError(CONTENT_BLOCKED, explain_block(output)))
             case GenerationFailed(error=error):
                 return Failed(request_id, _job_error(error))
             case Aborted(reason=reason):
@@ -149,6 +153,12 @@ def _job_error(error: Exception) -> JobError:
     return JobError("internal_error", f"the picture could not be computed ({type(error).__name__})")
 
 
+def explain_block(output: Blocked) -> str:
+    num_images = output.request.params.num_images
+    what = "the picture" if num_images == 1 else f"{output.num_blocked} of {num_images} pictures, so none is shown"
+    return f"the model's safety checker blocked {what}; another seed or other words may pass"
+
+
 def _timings(request: RequestState, encode_ms: float) -> Timings:
     waited_ms = request.delivery.waited_ms
     queue_ms = waited_ms + (request.joined_s - request.arrived_s) * 1000
@@ -157,6 +167,7 @@ def _timings(request: RequestState, encode_ms: float) -> Timings:
         text_ms=round(request.text_ms, 3),
         denoise_ms=round((request.denoised_s - request.joined_s) * 1000 - request.text_ms, 3),
         decode_ms=round(request.decode_ms, 3),
+        check_ms=round(request.check_ms, 3),
         encode_ms=round(encode_ms, 3),
         total_ms=round(waited_ms + (time.perf_counter() - request.arrived_s) * 1000, 3),
         steps_ms=tuple(round(ms, 3) for ms in request.steps_ms),

@@ -211,6 +211,7 @@ class Worker:
         self._warm_models = tuple(self._warm_up(engine, name) for name in self._specs)
         for runner in runners.values():
             runner.observe_prompts = self.metrics.observe_prompts
+            runner.observe_check = self.metrics.observe_check
         return Engine(runners, self.metrics.observe_step)
 
     def _load(self, spec: ModelSpec) -> ModelRunner:
@@ -321,9 +322,13 @@ class Worker:
 
     @property
     def max_step_s(self) -> float:
-        """What takes longer is a hang: never less than several times the slowest step and decode that warm-up saw."""
+        """What takes longer is a hang: never less than several times the slowest step, decode and check that warm-up
+        saw."""
         measured = [costs for warm in self._warm_models for costs in warm.sizes]
-        slowest_ms = [max(costs.step_ms.values()) + max(costs.decode_ms.values()) for costs in measured]
+        slowest_ms = [
+            max(costs.step_ms.values()) + max(costs.decode_ms.values()) + max(costs.check_ms.values(), default=0.0)
+            for costs in measured
+        ]
         return max(self.settings.max_stall_s, STALL_FACTOR * max(slowest_ms, default=0.0) / 1000)
 
     async def _heartbeat(self) -> None:

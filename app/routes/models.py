@@ -51,6 +51,7 @@ def show_model(spec: ModelSpec, workers: list[WorkerInfo]) -> ModelCard:
         max_num_images=spec.max_num_images,
         max_prompt_chars=spec.max_prompt_chars,
         has_tiny_decoder=spec.tiny_vae is not None,
+        has_safety_checker=spec.safety_checker is not None,
         example_prompts=spec.example_prompts,
         deprecated=spec.deprecated.isoformat() if spec.deprecated else None,
         sunset=spec.sunset.isoformat() if spec.sunset else None,
@@ -78,4 +79,5 @@ def show_size(costs: SizeCosts) -> SizeCard:
         step_ms=costs.step_ms,
         decode_ms=costs.decode_ms,
         preview_ms=costs.preview_ms,
+        check_ms=costs.check_ms,
     )

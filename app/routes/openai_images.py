@@ -90,6 +90,7 @@ async def create_image(
         deadline_ms=earliest(body.deadline_ms, deadline_ms, round(settings.sync_wait_s * 1000)),
         warnings=find_warnings(params, spec),
         traceparent=traceparent,
+        user=body.safety_identifier or body.user,
     )
     is_shareable = body.seed is not None and body.cache is not False
     terms = cached_for(job, spec, settings.cache_s) if is_shareable else Terms()

@@ -19,7 +19,7 @@ const STAGES = [
   ["queue_ms", "Queue", "Waiting for a worker"],
   ["text_ms", "Text", "Reading the prompt"],
   ["denoise_ms", "Denoise", "All steps of the model"],
-  ["decode_ms", "Decode", "From the model's numbers to pixels"],
+  ["decode_ms", "Decode", "From the model's numbers to pixels; with a safety checker, its look at them"],
   ["encode_ms", "Encode", "From pixels to a file"],
   ["rest_ms", "Network", "Everything else: network, browser, screen"],
 ];
@@ -206,8 +206,9 @@ function offerDownload({ header, image }, words) {
 function showLatency(latencyMs, timings) {
   byId("latency").textContent = latencyMs < 9.95 ? latencyMs.toFixed(1) : latencyMs.toFixed(0);
   const total = Number(timings.total_ms ?? 0);
+  const decode_ms = Number(timings.decode_ms ?? 0) + Number(timings.check_ms ?? 0);
   /** @type {Record<string, number | number[]>} */
-  const values = { ...timings, rest_ms: Math.max(0, latencyMs - total) };
+  const values = { ...timings, decode_ms, rest_ms: Math.max(0, latencyMs - total) };
   for (const [key] of STAGES) {
     const ms = Number(values[key] ?? 0);
     byId(`bar-${key}`).style.flexGrow = String(ms);

@@ -11,6 +11,14 @@
  * live.generate({ prompt: "a red apple on a blue background", previews: true });
  * ```
  *
+ * Where the service asks for keys, a page brings a short-lived token. Its own backend gets one with
+ * `POST /v1/live/tokens`; the client asks for it whenever it connects, and again before it ends:
+ *
+ * ```js
+ * const token = async () => (await fetch("/my-backend/live-token", { method: "POST" })).text();
+ * const live = new LiveClient("wss://example.org/v1/live", { token });
+ * ```
+ *
  * Call `generate` at every change: the server draws the newest words and drops what they replace. The client
  * reconnects by itself and then sends its newest unfinished request again. docs/live-protocol.md has every frame.
  *
@@ -18,9 +26,13 @@
  */
 
 export const SUBPROTOCOL = "fewstep.live.v1";
+/** Before a token, offered beside the subprotocol. */
+const AUTH_PREFIX = "fewstep.auth.";
 
+/** The key or token is missing, wrong, or has ended. */
+const AUTH_CLOSE_CODE = 4401;
 /** Close codes after which another try can't succeed by itself. */
-const FINAL_CLOSE_CODES = new Set([1002, 1003, 1008, 4401]);
+const FINAL_CLOSE_CODES = new Set([1002, 1003, 1008, AUTH_CLOSE_CODE]);
 /** The server closed a connection that nobody used: the next request opens a new one. */
 const IDLE_CLOSE_CODE = 4408;
 /** Our message was too big: sending it again would end the same way. */
@@ -30,6 +42,9 @@ const FIRST_DELAY_MS = 250;
 const LONGEST_DELAY_MS = 10_000;
 /** A server answers every request at once, if only with "queued". Silence for this long means a dead connection. */
 const LONGEST_SILENCE_MS = 8_000;
+/** The part of a token's time after which the next one is fetched. */
+const REFRESH_SHARE = 0.7;
+const REFRESH_RETRY_MS = 2_000;
 
 /**
  * What to draw: the fields of `POST /v1/generations`, and `refine`.
@@ -65,6 +80,11 @@ const LONGEST_SILENCE_MS = 8_000;
  * @property {number} connection counts the connections of this client; each numbers its frames from the start
  */
 
+/**
+ * @callback TokenSource
+ * @returns {string | Promise<string>} a fresh live token
+ */
+
 /** @typedef {"idle" | "connecting" | "live" | "waiting" | "closed"} LiveState */
 
 /**
@@ -73,7 +93,7 @@ const LONGEST_SILENCE_MS = 8_000;
  * | type | what the listener gets |
  * | --- | --- |
  * | `state` | `{state, retryInMs?, reason?}`, at every change of `state` |
- * | `ready`, `queued`, `superseded`, `cancelled`, `error` | the server's frame |
+ * | `ready`, `authenticated`, `queued`, `superseded`, `cancelled`, `error` | the server's frame |
  * | `picture` | `LivePicture`; answer with `ack(picture)` once it is shown or dropped |
  */
 export class LiveClient extends EventTarget {
@@ -92,11 +112,21 @@ export class LiveClient extends EventTarget {
   #retryTimer;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #silenceTimer;
+  /** @type {TokenSource | undefined} */
+  #tokenSource;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #refreshTimer;
+  /** The connection that waits for its token, if one does. @type {object | null} */
+  #opening = null;
 
-  /** @param {string | URL} url of `/v1/live`, with `ws:` or `wss:` */
-  constructor(url) {
+  /**
+   * @param {string | URL} url of `/v1/live`, with `ws:` or `wss:`
+   * @param {{token?: TokenSource}} [options]
+   */
+  constructor(url, { token } = {}) {
     super();
     this.#url = String(url);
+    this.#tokenSource = token;
   }
 
   /**
@@ -109,11 +139,31 @@ export class LiveClient extends EventTarget {
 
   /** Opens the connection, now. Does nothing while there is one. */
   connect() {
-    if (this.#socket) return;
+    if (this.#socket || this.#opening) return;
     clearTimeout(this.#retryTimer);
+    if (this.#tokenSource) this.#openWithToken(this.#tokenSource);
+    else this.#open([SUBPROTOCOL]);
+  }
+
+  /** @param {TokenSource} source */
+  async #openWithToken(source) {
+    const opening = (this.#opening = {});
     this.#setState("connecting");
+    this.#expectAnswer();
+    try {
+      const token = await source();
+      if (this.#opening === opening) this.#open([SUBPROTOCOL, AUTH_PREFIX + token]);
+    } catch (error) {
+      if (this.#opening === opening) this.#lost(`no token: ${error}`);
+    }
+  }
+
+  /** @param {string[]} subprotocols */
+  #open(subprotocols) {
+    if (this.state !== "connecting") this.#setState("connecting");
     this.#connection += 1;
-    const socket = new WebSocket(this.#url, SUBPROTOCOL);
+    const socket = new WebSocket(this.#url, subprotocols);
+    this.#opening = null;
     socket.binaryType = "arraybuffer";
     socket.addEventListener("message", ({ data }) => this.#socket === socket && this.#receive(data));
     socket.addEventListener("close", (event) => this.#socket === socket && this.#closed(event));
@@ -178,6 +228,7 @@ export class LiveClient extends EventTarget {
     if (typeof data !== "string") return this.#receivePicture(data);
     const message = JSON.parse(data);
     if (message.type === "ready") this.#ready();
+    if (message.type === "ready" || message.type === "authenticated") this.#refreshLater(message.token_expires_in_s);
     if (message.type === "error" || message.type === "cancelled") this.#ended(message.seq);
     this.#emit(message.type, message);
   }
@@ -195,6 +246,24 @@ export class LiveClient extends EventTarget {
     this.#sendNewest();
   }
 
+  /** @param {number | null} [expiresInS] null: nothing ends by itself */
+  #refreshLater(expiresInS) {
+    clearTimeout(this.#refreshTimer);
+    if (!this.#tokenSource || !expiresInS) return;
+    this.#refreshTimer = setTimeout(() => this.#refresh(), expiresInS * 1000 * REFRESH_SHARE);
+  }
+
+  /** A fresh token over the open connection. Where none comes in time, the server closes and a new try begins. */
+  async #refresh() {
+    const socket = this.#socket;
+    try {
+      const token = await this.#tokenSource?.();
+      if (socket && this.#socket === socket) this.#send({ type: "auth", token });
+    } catch {
+      if (socket && this.#socket === socket) this.#refreshTimer = setTimeout(() => this.#refresh(), REFRESH_RETRY_MS);
+    }
+  }
+
   /** @param {number} seq */
   #ended(seq) {
     if (this.#newest?.seq === seq) this.#newest = null;
@@ -202,9 +271,10 @@ export class LiveClient extends EventTarget {
 
   /** @param {CloseEvent} event */
   #closed({ code, reason }) {
+    const hasEndedToken = code === AUTH_CLOSE_CODE && this.#tokenSource && this.state === "live";
     this.#drop();
     if (code === TOO_BIG_CLOSE_CODE) this.#newest = null;
-    if (FINAL_CLOSE_CODES.has(code)) this.#setState("closed", { reason: reason || `code ${code}` });
+    if (FINAL_CLOSE_CODES.has(code) && !hasEndedToken) this.#setState("closed", { reason: reason || `code ${code}` });
     else if (code === IDLE_CLOSE_CODE && !this.#newest) this.#setState("idle");
     else this.#retry(reason, wishedPauseMs(reason));
   }
@@ -228,6 +298,8 @@ export class LiveClient extends EventTarget {
   #drop() {
     clearTimeout(this.#retryTimer);
     clearTimeout(this.#silenceTimer);
+    clearTimeout(this.#refreshTimer);
+    this.#opening = null;
     const socket = this.#socket;
     this.#socket = null;
     socket?.close();

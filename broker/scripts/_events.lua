@@ -8,7 +8,7 @@ local CONTROL_TTL_MS = 60000
 local function make_event(kind, request_id, extra)
   local event = extra or {}
   event.type, event.request_id = kind, request_id
-  return {'event', cjson.encode(event)}
+  return {'event', cjson.encode(event), is_progress = kind == 'accepted' or kind == 'started'}
 end
 
 local function make_failure(request_id, code, message, is_retryable)
@@ -33,11 +33,13 @@ local function send_reply(gateway_id, job, seq, fields)
 end
 
 -- Numbers the event, writes `logged` (nil: nothing) into the request's log and sends `fields` to every subscriber.
--- The number is the entry's id in the log, so that log and replies can't disagree.
+-- The number is the entry's id in the log, so that log and replies can't disagree. Mere progress goes to those alone who
+-- follow the whole story (`attach`): a gateway that waits for a picture would be woken twice for nothing.
 local function append_event(job, fields, logged)
   job.seq = redis.call('HINCRBY', job.key, 'seq', 1)
   if logged then redis.call('XADD', events_key(job.id), job.seq .. '-0', unpack(logged)) end
-  for gateway_id in string.gmatch(job.subscribers, '[^\n]+') do send_reply(gateway_id, job, job.seq, fields) end
+  local receivers = fields.is_progress and job.followers or job.subscribers
+  for gateway_id in string.gmatch(receivers, '[^\n]+') do send_reply(gateway_id, job, job.seq, fields) end
 end
 
 local function drop_preview(job)

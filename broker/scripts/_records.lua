@@ -15,18 +15,19 @@ end
 
 -- Requests and sessions as tables; `set_job` and `set_session` write through.
 
-local TEXT_FIELDS = {'state', 'model', 'lane', 'owner', 'session', 'worker', 'entry_id', 'subscribers', 'flag',
-                     'finished_by', 'preview_mark', 'claims', 'pointers'}
-local NUMBER_FIELDS = {'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'cache_ms', 'cost_us', 'num_slots',
-                       'result_bytes', 'preview_seq', 'preview_bytes'}
+local JOB_FIELDS = {'state', 'model', 'lane', 'owner', 'session', 'worker', 'entry_id', 'subscribers', 'followers',
+                    'flag', 'finished_by', 'preview_mark', 'claims', 'pointers',
+                    'attempt', 'seq', 'created_us', 'deadline_at_ms', 'keep_ms', 'cache_ms', 'cost_us', 'num_slots',
+                    'result_bytes', 'preview_seq', 'preview_bytes'}
+local NUM_TEXT_FIELDS = 14
 
 local function load_job(request_id)
   local job = {id = request_id, key = job_key(request_id)}
-  local texts = redis.call('HMGET', job.key, unpack(TEXT_FIELDS))
-  if not texts[1] then return nil end
-  local numbers = redis.call('HMGET', job.key, unpack(NUMBER_FIELDS))
-  for i, field in ipairs(TEXT_FIELDS) do job[field] = texts[i] or '' end
-  for i, field in ipairs(NUMBER_FIELDS) do job[field] = tonumber(numbers[i] or '0') end
+  local values = redis.call('HMGET', job.key, unpack(JOB_FIELDS))
+  if not values[1] then return nil end
+  for i, field in ipairs(JOB_FIELDS) do
+    if i <= NUM_TEXT_FIELDS then job[field] = values[i] or '' else job[field] = tonumber(values[i] or '0') end
+  end
   return job
 end
 

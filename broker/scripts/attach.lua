@@ -2,7 +2,11 @@
 local request_id, gateway_id = unpack(ARGV)
 local job = load_job(request_id)
 if not job then return nil end
-if not string.find('\n' .. job.subscribers .. '\n', '\n' .. gateway_id .. '\n', 1, true) then
-  set_job(job, {subscribers = job.subscribers .. '\n' .. gateway_id})
+
+local function with_gateway(names)
+  if string.find('\n' .. names .. '\n', '\n' .. gateway_id .. '\n', 1, true) then return names end
+  return names .. '\n' .. gateway_id
 end
+
+set_job(job, {subscribers = with_gateway(job.subscribers), followers = with_gateway(job.followers)})
 return redis.call('XRANGE', events_key(request_id), '-', '+')

@@ -9,7 +9,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.catalog import ModelSpec
@@ -17,13 +19,15 @@ from models.families.latent_rgb import LatentRgb
 from models.graphs import Graphed
 from models.pipeline import Conditioning, FewStepPipeline, to_device, to_pixels
 from models.rows import SharedRows
+from models.safety import SafetyChecker
 from models.tracing import Traced
 
 T = TypeVar("T")
 
 
 class LatentDiffusion(FewStepPipeline):
-    """`pipe` is a loaded diffusers pipeline of the family, `tiny_vae` an AutoencoderTiny for the same latents.
+    """`pipe` is a loaded diffusers pipeline of the family, `tiny_vae` an AutoencoderTiny for the same latents,
+    `safety` a network and a feature extractor for SafetyChecker.
 
     `scheduler_config` is the model folder's own, which every scheduler of the catalog entry starts from. With
     `cuda_graphs` a GPU replays networks as graphs, one per number of rows: the caller keeps these few.
@@ -39,6 +43,7 @@ class LatentDiffusion(FewStepPipeline):
         *,
         pipe: Any,
         tiny_vae: Any | None,
+        safety: tuple[Any, Any] | None = None,
         scheduler_config: dict[str, Any],
         cuda_graphs: bool = False,
     ) -> None:
@@ -57,6 +62,7 @@ class LatentDiffusion(FewStepPipeline):
             if tiny_vae is None
             else self.fast(_decoder_network(tiny_vae))
         )
+        self._safety_checker = None if safety is None else SafetyChecker(*safety, self.fast)
 
     def fast(self, network: Callable[..., T]) -> Callable[..., T]:
         """On a CPU networks are recorded, since the interpreter is a large part of a small step, and shared by rows."""
@@ -97,6 +103,10 @@ class LatentDiffusion(FewStepPipeline):
 
     def preview(self, latents: Tensor) -> Tensor:
         return to_pixels(self._decode_tiny(latents))
+
+    def check(self, images: Sequence[NDArray[np.uint8]]) -> list[bool]:
+        assert self._safety_checker is not None, f"{self.spec.name} has no safety checker"
+        return self._safety_checker(images)
 
 
 def truncated_text(tokenizer: Any, text: str) -> str:

@@ -67,3 +67,8 @@ def test_each_size_has_its_own_costs(spec: ModelSpec) -> None:
     large = SizeCosts(128, 128, 2, {1: 40.0, 2: 80.0}, {1: 16.0, 2: 32.0}, {1: 4.0})
     warm = WarmModel("mini-lcm", "1", 8, 1.0, (*make_warm().sizes, large))
     assert forecast(spec, worker(warm), width=128, height=128).alone_ms == 1 + 4 * 40 + 16
+
+
+def test_a_safety_check_is_part_of_the_work(spec: ModelSpec) -> None:
+    checked = forecast(spec, worker(make_warm("mini-lcm", check_ms={1: 20.0, 8: 80.0})))
+    assert (checked.alone_ms, checked.full_ms) == (1 + 4 * 10 + 4 + 20, 1 + 4 * 40 + 16 + 80)

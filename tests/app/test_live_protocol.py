@@ -13,7 +13,7 @@ from broker.messages import Picture, Timings
 
 def test_a_frame_is_length_header_and_image() -> None:
     picture = Picture(2, 9, "jpeg", 64, 48, b"bytes of a jpeg")
-    timings = Timings(1, 2, 3, 4, 5, 15, (1.5, 1.5))
+    timings = Timings(1, 2, 3, 4, 5, 15, (1.5, 1.5), 0.5)
     message = pack_frame(Frame("final", 7, "id", picture, 2, 2, timings=timings), number=3)
     (length,) = struct.unpack(">I", message[:4])
     assert message[4 + length :] == b"bytes of a jpeg"
@@ -31,7 +31,15 @@ def test_a_frame_is_length_header_and_image() -> None:
         "width": 64,
         "height": 48,
         "refined": False,
-        "timings": {"queue_ms": 1, "text_ms": 2, "denoise_ms": 3, "decode_ms": 4, "encode_ms": 5, "total_ms": 15},
+        "timings": {
+            "queue_ms": 1,
+            "text_ms": 2,
+            "denoise_ms": 3,
+            "decode_ms": 4,
+            "check_ms": 0.5,
+            "encode_ms": 5,
+            "total_ms": 15,
+        },
     }
 
 

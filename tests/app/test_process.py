@@ -12,7 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
 
+from app.key_file import format_entry, make_key, new_record
+from app.live_protocol import AUTH_PREFIX, SUBPROTOCOL
 from tests.service import free_port
 
 START_S = 90.0
@@ -83,3 +87,57 @@ def test_it_waits_for_redis_and_says_so() -> None:
         output, _ = process.communicate(timeout=START_S)
         assert process.returncode == 130
         assert "Traceback" not in output
+
+
+def test_no_key_is_written_down_even_at_level_debug(redis_url: str) -> None:
+    key_id, key = make_key()
+    keys = format_entry(key_id, new_record(key))
+    port = free_port()
+    with gateway(
+        FEWSTEP_REDIS_URL=redis_url, FEWSTEP_PORT=str(port), FEWSTEP_API_KEYS=keys, FEWSTEP_LOG_LEVEL="debug"
+    ) as process:
+        wait_until_alive(port)
+        address = f"127.0.0.1:{port}/v1"
+        httpx.get(f"http://{address}/models", params={"key": key}, headers={"Authorization": f"Bearer {key}"})
+        subprotocols = [Subprotocol(name) for name in (SUBPROTOCOL, AUTH_PREFIX + key)]
+        with connect(f"ws://{address}/live?x=1", subprotocols=subprotocols) as live:
+            assert "ready" in str(live.recv())
+            live.send(f'{{"type": "auth", "token": "{key}"}}')
+            assert "authenticated" in str(live.recv())
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=START_S)
+    assert "fewstep.auth.…" in output
+    assert key.split("_", 2)[2] not in output
+
+
+def test_many_live_sockets_find_room() -> None:
+    """The usual soft limit of open files is far below what the hard one allows."""
+    assert run_with_open_files(soft=100, hard=2000, wanted=1500) == "2000 2000\n"
+
+
+def test_too_few_open_files_are_said_at_the_start() -> None:
+    *warning, limits = run_with_open_files(soft=100, hard=200, wanted=1500).splitlines()
+    assert limits == "200 200"
+    assert warning == [
+        "200 files may be open, FEWSTEP_MAX_LIVE_CONNECTIONS needs 1500: raise the hard limit (ulimit -Hn)"
+    ]
+
+
+def run_with_open_files(soft: int, hard: int, wanted: int) -> str:
+    """What a process with these limits says, and its limits after."""
+    program = f"""
+import resource
+from app.process import allow_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+allow_open_files({wanted})
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
+
+def test_only_what_is_new_is_collected() -> None:
+    """The walk over everything that is loaded would hold up all sockets."""
+    program = "import gc, app.main; app.process.calm_garbage_collector(); print(len(gc.get_objects()))"
+    output = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert int(output) < 1000

@@ -111,7 +111,7 @@ async def test_pictures_of_sessions_travel_on_the_reply_stream_only(broker: Redi
     await broker.publish("worker", preview("r"))
     await broker.finish("worker", completed("r"))
     _, events = await broker.read_replies("gateway", "0")
-    assert [logged.event for logged in events[2:]] == [preview("r"), completed("r")]
+    assert [logged.event for logged in events] == [preview("r"), completed("r")]
     log = (await broker.status("r")).log
     assert [logged.event.type for logged in log] == ["accepted", "started", "completed"]
     assert isinstance(log[-1].event, Completed)
@@ -228,10 +228,7 @@ async def test_a_sessions_events_come_in_order(broker: RedisBroker) -> None:
     assert await receive_now(broker) == []
     _, events = await broker.read_replies("gateway", "0")
     assert [(logged.seq, logged.event.request_id, logged.event.type) for logged in events] == [
-        (1, "a", "accepted"),
-        (1, "b", "accepted"),
         (2, "a", "superseded"),
-        (2, "b", "started"),
         (3, "b", "completed"),
     ]
     assert all(isinstance(logged, LoggedEvent) for logged in events)

@@ -42,15 +42,17 @@ async def test_one_request_from_submit_to_result(broker: RedisBroker, redis: Red
 
     after, events = await broker.read_replies("gateway", "0")
     assert events == [
-        LoggedEvent(1, Accepted("r")),
-        LoggedEvent(2, Started("r", "worker", 1)),
         LoggedEvent(3, preview("r")),
         LoggedEvent(4, completed("r")),
     ]
     assert await broker.read_replies("gateway", after, block_ms=0) == (after, [])
     status = await broker.status("r")
     assert (status.job, status.state, status.attempt, status.position) == (job, "completed", 1, 0)
-    assert [logged.seq for logged in status.log] == [1, 2, 4]  # the final picture replaced the preview
+    assert status.log == (  # the final picture replaced the preview
+        LoggedEvent(1, Accepted("r")),
+        LoggedEvent(2, Started("r", "worker", 1)),
+        LoggedEvent(4, completed("r")),
+    )
     await assert_nothing_left(broker, redis, prefix)
 
 
@@ -149,7 +151,7 @@ async def test_cancel_while_queued_ends_at_once(
     assert await redis.zrange(f"{prefix}:ring:api:{MODEL}", 0, -1) == [b"ann"] * (num_before > 0)
     assert (await broker.depths([MODEL]))[MODEL]["queued"] == num_before
     assert await run_all(broker) == [f"b{i}" for i in range(num_before)]
-    assert [kind for request_id, kind in await replies(broker) if request_id == "r"] == ["accepted", "cancelled"]
+    assert [kind for request_id, kind in await replies(broker) if request_id == "r"] == ["cancelled"]
     await assert_nothing_left(broker, redis, prefix)
 
 
@@ -215,7 +217,7 @@ async def test_a_second_finish_changes_nothing(broker: RedisBroker) -> None:
     assert await broker.finish("worker", completed("r", b"second"))  # asked again: it was ours, and it is done
     assert not await broker.finish("worker", Cancelled("r"))
     assert not await broker.finish("somebody else", completed("r"))
-    assert [kind for _, kind in await replies(broker)] == ["accepted", "started", "completed"]
+    assert [kind for _, kind in await replies(broker)] == ["completed"]
     [*_, last] = (await broker.status("r")).log
     assert last.event == completed("r", b"first")
 
@@ -230,7 +232,7 @@ async def test_only_the_newest_preview_is_kept(broker: RedisBroker) -> None:
     assert [(logged.seq, logged.event.type) for logged in log] == [(1, "accepted"), (2, "started"), (5, "preview")]
     assert isinstance(log[-1].event, Preview)
     assert log[-1].event.picture.data == b"3"
-    assert [kind for _, kind in await replies(broker)][2:] == ["preview"] * 3  # one per step, the repeated call not
+    assert [kind for _, kind in await replies(broker)] == ["preview"] * 3  # one per step, the repeated call not
 
 
 async def test_a_second_gateway_gets_the_log_and_then_the_events(
@@ -249,6 +251,23 @@ async def test_a_second_gateway_gets_the_log_and_then_the_events(
     assert (await other_broker.attach("r", "third"))[-1] == LoggedEvent(4, completed("r"))
 
 
+async def test_only_who_attached_hears_of_mere_progress(broker: RedisBroker) -> None:
+    """A gateway that waits for a picture isn't woken for less."""
+    await submit_all(broker, api_job("r"))
+    assert [logged.event.type for logged in await broker.attach("r", "follower")] == ["accepted"]
+    await receive_now(broker)
+    await broker.finish("worker", completed("r"))
+    assert await replies(broker, "follower") == [("r", "started"), ("r", "completed")]
+    assert await replies(broker, "gateway") == [("r", "completed")]
+
+
+async def test_a_gateway_that_waits_may_attach_too(broker: RedisBroker) -> None:
+    await submit_all(broker, api_job("r"))
+    await broker.attach("r", "gateway")
+    await run_all(broker)
+    assert await replies(broker, "gateway") == [("r", "started"), ("r", "completed")]
+
+
 async def test_keep_0_keeps_states_without_pictures(broker: RedisBroker, redis: Redis, prefix: str) -> None:
     await submit_all(broker, api_job("r", keep_s=0))
     await receive_now(broker)
@@ -260,7 +279,7 @@ async def test_keep_0_keeps_states_without_pictures(broker: RedisBroker, redis: 
     assert log[-1].event.pictures[0].data == b""
     assert 50_000 < await redis.pttl(f"{prefix}:events:r") <= 60_000
     _, events = await broker.read_replies("gateway", "0")
-    assert [logged.event for logged in events[2:]] == [preview("r"), completed("r")]
+    assert [logged.event for logged in events] == [preview("r"), completed("r")]
 
 
 async def test_results_are_kept_for_their_time_and_within_the_budget(
@@ -296,7 +315,7 @@ async def test_read_replies_are_deleted(broker: RedisBroker, redis: Redis, prefi
         await submit_all(broker, api_job(f"r{i}"))
         await run_all(broker)
         after, events = await broker.read_replies("gateway", after)
-        assert len(events) == 3
+        assert len(events) == 1
     await broker.read_replies("gateway", after, block_ms=0)
     assert await redis.xlen(f"{prefix}:replies:gateway") <= 100  # whole nodes are cut off, not single entries
     assert isinstance(events[-1].event, Completed)
@@ -315,9 +334,9 @@ async def test_reading_waits_for_what_comes(broker: RedisBroker, other_broker: R
     await asyncio.sleep(0.05)
     await submit_all(broker, api_job("r"))
     assert ids(await asyncio.wait_for(waiting, 2)) == ["r"]
+    await other_broker.finish("worker", completed("r"))
     _, events = await asyncio.wait_for(listening, 2)
-    assert events[0] == LoggedEvent(1, Accepted("r"))
-    assert all(isinstance(logged.event, Accepted | Started) for logged in events)
+    assert events == [LoggedEvent(3, completed("r"))]
 
 
 async def test_nothing_is_received_without_a_free_slot(broker: RedisBroker) -> None:

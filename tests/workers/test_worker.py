@@ -73,15 +73,18 @@ async def submit(broker: RedisBroker, *jobs: Job) -> None:
 
 
 async def events_of(broker: RedisBroker, *jobs: Job, timeout_s: float = 30) -> dict[str, list[JobEvent]]:
-    """All events of the jobs, until each has ended."""
-    events: dict[str, list[JobEvent]] = {job.request_id: [] for job in jobs}
+    """All events of the jobs, until each has ended: the log first, since replies alone tell nothing of progress."""
+    events: dict[str, dict[int, JobEvent]] = {}
+    for job in jobs:
+        log = await broker.attach(job.request_id, "gateway")
+        events[job.request_id] = {logged.seq: logged.event for logged in log}
     after = "0"
     async with asyncio.timeout(timeout_s):
-        while not all(log and isinstance(log[-1], TerminalEvent) for log in events.values()):
-            after, logged = await broker.read_replies("gateway", after)
-            for item in logged:
-                events[item.event.request_id].append(item.event)
-    return events
+        while not all(isinstance(event_by_seq[max(event_by_seq)], TerminalEvent) for event_by_seq in events.values()):
+            after, replies = await broker.read_replies("gateway", after)
+            for logged in replies:
+                events[logged.event.request_id][logged.seq] = logged.event
+    return {request_id: [by_seq[seq] for seq in sorted(by_seq)] for request_id, by_seq in events.items()}
 
 
 async def test_a_job_becomes_a_picture(settings: WorkerSettings, broker: RedisBroker) -> None:
@@ -304,7 +307,7 @@ async def test_a_worker_whose_engine_died_ends(
 
     with pytest.raises(EngineLost, match="the device is lost"):
         async with running(settings, broker):
-            monkeypatch.setattr("workers.engine.engine._check_device", die)
+            monkeypatch.setattr("workers.engine.runner.ModelRunner.ensure_device", die)
             monkeypatch.setattr("workers.engine.engine.Engine._run", die)
             await submit(broker, make_job())
             await asyncio.sleep(5)

@@ -4,6 +4,6 @@ request remembers, scheduler decides, runner computes, engine conducts.
 """
 
 from workers.engine.engine import Engine
-from workers.engine.outputs import Aborted, EngineOutput, Finished, GenerationFailed, PreviewReady
+from workers.engine.outputs import Aborted, Blocked, EngineOutput, Finished, GenerationFailed, PreviewReady
 
-__all__ = ["Aborted", "Engine", "EngineOutput", "Finished", "GenerationFailed", "PreviewReady"]
+__all__ = ["Aborted", "Blocked", "Engine", "EngineOutput", "Finished", "GenerationFailed", "PreviewReady"]

@@ -14,8 +14,9 @@ from models.catalog import ModelSpec, Size
 from models.pipeline import FewStepPipeline
 from workers.engine.decoding import Decode, decoder_for
 from workers.engine.engine import Engine, run_until_done
-from workers.engine.outputs import Finished, GenerationFailed, PreviewReady
+from workers.engine.outputs import Blocked, Finished, GenerationFailed, Pixels, PreviewReady
 from workers.engine.request import RequestState
+from workers.engine.runner import ModelRunner
 
 CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -76,8 +77,10 @@ def useful_rows(step_ms: Mapping[int, float]) -> int:
 def _measure_size(engine: Engine, spec: ModelSpec, size: Size, rows: Sequence[int], report: Progress) -> SizeCosts:
     """The fastest of several tries, each some time after the last: what other work on the machine adds isn't the
     model's. The first one pays for allocations and recordings."""
-    pipeline = engine.runners[spec.name].pipeline
+    runner = engine.runners[spec.name]
+    pipeline = runner.pipeline
     step_ms, decode_ms, preview_ms = (dict.fromkeys(rows, math.inf) for _ in range(3))
+    check_ms = {} if spec.safety_checker is None else dict.fromkeys(rows, math.inf)
     for sweep in range(NUM_SWEEPS):
         for num_rows in rows:
             report(f"{size[0]}x{size[1]}, batch {num_rows}")
@@ -85,8 +88,10 @@ def _measure_size(engine: Engine, spec: ModelSpec, size: Size, rows: Sequence[in
             _note(step_ms, num_rows, min(ms for request in finished for ms in request.steps_ms))
             _note(decode_ms, num_rows, _decode_ms(pipeline, pipeline.decode, size, num_rows, of_rows=num_rows))
             _note(preview_ms, num_rows, _decode_ms(pipeline, pipeline.preview, size, num_rows, of_rows=rows[-1]))
+            if check_ms:
+                _note(check_ms, num_rows, _check_ms(runner, size, num_rows))
     _make_kernels(engine, spec, size, rows)
-    return SizeCosts(*size, useful_rows(step_ms), step_ms, decode_ms, preview_ms)
+    return SizeCosts(*size, useful_rows(step_ms), step_ms, decode_ms, preview_ms, check_ms)
 
 
 def _note(table: dict[int, float], num_rows: int, ms: float) -> None:
@@ -125,9 +130,9 @@ def _generate(
             where = f"{size[0]}x{size[1]}, batch {num_rows}"
             raise WarmUpError(f"{spec.name}: {where} ran only one by one: lower max_batch_size ({spec.max_batch_size})")
     for output in outputs:
-        if isinstance(output, Finished | PreviewReady):
-            _check_picture(spec, output)
-    return [output.request for output in outputs if isinstance(output, Finished)]
+        if isinstance(output, Finished | PreviewReady | Blocked):
+            _check_picture(spec, output, _pixels(engine.runners[spec.name].pipeline, output))
+    return [output.request for output in outputs if isinstance(output, Finished | Blocked)]
 
 
 def _decode_ms(pipeline: FewStepPipeline, decode: Decode, size: Size, num_rows: int, *, of_rows: int) -> float:
@@ -139,12 +144,32 @@ def _decode_ms(pipeline: FewStepPipeline, decode: Decode, size: Size, num_rows: 
         return min(decoder.start(decode, [latents])[0].collect()[1] for _ in range(NUM_DECODES))
 
 
-def _check_picture(spec: ModelSpec, output: Finished | PreviewReady) -> None:
-    denoising = output.request.denoising
-    assert denoising is not None
-    if not torch.isfinite(denoising.latents).all():
+def _check_ms(runner: ModelRunner, size: Size, num_rows: int) -> float:
+    """Of that many pictures in one batch."""
+    images = np.random.default_rng(0).integers(0, 256, (num_rows, size[1], size[0], 3), dtype=np.uint8)
+    started_s = time.perf_counter()
+    with torch.inference_mode():
+        runner.check(list(images))
+    return (time.perf_counter() - started_s) * 1000
+
+
+def _pixels(pipeline: FewStepPipeline, output: Finished | PreviewReady | Blocked) -> Pixels:
+    """A picture that the safety checker blocked must be sound too: it is drawn once more."""
+    if not isinstance(output, Blocked):
+        return output.pixels
+    with torch.inference_mode():
+        return pipeline.decode(_latents(output.request)).cpu().numpy()
+
+
+def _latents(request: RequestState) -> torch.Tensor:
+    assert request.denoising is not None
+    return request.denoising.latents
+
+
+def _check_picture(spec: ModelSpec, output: Finished | PreviewReady | Blocked, pixels: Pixels) -> None:
+    if not torch.isfinite(_latents(output.request)).all():
         raise WarmUpError(f"{spec.name}: the network gave latents that are not finite")
-    if np.ptp(output.pixels) == 0:
+    if np.ptp(pixels) == 0:
         kind = "preview" if isinstance(output, PreviewReady) else "picture"
         raise WarmUpError(f"{spec.name}: the {kind} is one constant colour; an fp16 VAE that overflows does that")
 

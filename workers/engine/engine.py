@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from broker.messages import Abort, Delivery
+from workers.engine.checking import withhold_blocked
 from workers.engine.outputs import Aborted, EngineOutput, GenerationFailed
 from workers.engine.request import RequestState
 from workers.engine.runner import Decoding, ModelRunner
@@ -90,7 +91,7 @@ class Engine:
             self._decodings.remove(decoding)
         if may_wait and self._decodings and not ready:
             time.sleep(POLL_S)
-        return [decoding.output() for decoding in ready]
+        return withhold_blocked(self.runners, [decoding.output() for decoding in ready])
 
     def _stop_unwanted(self) -> list[EngineOutput]:
         now_s = time.perf_counter()
@@ -110,7 +111,7 @@ class Engine:
         if len(batch.requests) == 1:
             request = batch.requests[0]
             self._scheduler.remove(request)
-            _check_device(self.runners[request.model].pipeline.device)
+            self.runners[request.model].ensure_device()
             logger.error("request %s failed: %r", request.request_id, error)
             return [GenerationFailed(request, error)]
         logger.warning("a batch of %d failed (%r): its requests run again one by one", len(batch.requests), error)
@@ -119,12 +120,6 @@ class Engine:
             request.is_alone = True
             self._scheduler.put_back(request)
         return []
-
-
-def _check_device(device: torch.device) -> None:
-    """Raises again where the device itself is lost: then nothing can run in this process any more."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _is_worth_stopping(request: RequestState, abort: Abort) -> bool:

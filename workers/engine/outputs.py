@@ -29,6 +29,14 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocked:
+    """A finished request of whose pictures the safety checker blocked `num_blocked`. It ends without any of them."""
+
+    request: RequestState
+    num_blocked: int
+
+
+@dataclass(frozen=True, slots=True)
 class Aborted:
     """A request that was stopped at a step boundary."""
 
@@ -49,4 +57,4 @@ class GenerationFailed:
     error: Exception
 
 
-EngineOutput = PreviewReady | Finished | Aborted | GenerationFailed
+EngineOutput = PreviewReady | Finished | Blocked | Aborted | GenerationFailed

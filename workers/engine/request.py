@@ -93,6 +93,7 @@ class RequestState:
     joined_s: float = 0.0
     text_ms: float = 0.0
     decode_ms: float = 0.0
+    check_ms: float = 0.0
     denoised_s: float = 0.0
     num_previews: int = 0
     steps_ms: list[float] = field(default_factory=list)
@@ -152,8 +153,10 @@ class RequestState:
 
     @property
     def wants_preview(self) -> bool:
-        """After the coming step. The last one needs none: the picture itself is on the way."""
-        return self.params.previews and self.denoising is not None and not self.denoising.is_at_last_step
+        """After the coming step. The last one needs none: the picture itself is on the way. Nothing judges previews, so
+        there are none where pictures are judged."""
+        is_off = self.spec.safety_checker is not None
+        return self.params.previews and not is_off and self.denoising is not None and not self.denoising.is_at_last_step
 
     def stop(self, abort: Abort, asked_s: float) -> None:
         """At the next step boundary. The first wish counts as the moment from which work is in vain."""

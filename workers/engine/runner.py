@@ -16,7 +16,7 @@ from models.catalog import Size
 from models.pipeline import Conditioning, FewStepPipeline, to_device
 from models.schedules import predict_x0
 from workers.engine.decoding import PendingPixels, decoder_for
-from workers.engine.outputs import Finished, PreviewReady
+from workers.engine.outputs import Finished, Pixels, PreviewReady
 from workers.engine.previews import PreviewBudget
 from workers.engine.request import Denoising, RequestState
 
@@ -47,13 +47,15 @@ class ModelRunner:
     """One warm model. `padded_sizes` are the row counts its network runs at (None: any); others are padded up to one.
 
     `warm_model` is what warm-up measured; until then every step is waited for. `observe_prompts(hits, misses)` hears
-    how many prompts of each new batch were already encoded.
+    how many prompts of each new batch were already encoded, `observe_check(num_pictures, seconds)` of each batch of the
+    safety checker.
     """
 
     def __init__(self, pipeline: FewStepPipeline, padded_sizes: Sequence[int] | None = None) -> None:
         self.pipeline = pipeline
         self.warm_model: WarmModel | None = None
         self.observe_prompts: Callable[[int, int], None] = lambda *_: None
+        self.observe_check: Callable[[int, float], None] = lambda *_: None
         self._padded_sizes = padded_sizes
         self._prompts: OrderedDict[str | None, Conditioning] = OrderedDict()
         self._decoder = decoder_for(pipeline.device)
@@ -112,6 +114,25 @@ class ModelRunner:
                 pending = self._decoder.start(decode, [_denoising(request).latents for request in chosen])
                 decodings += [Decoding(*pair) for pair in zip(chosen, pending, strict=True)]
         return decodings
+
+    def check(self, images: Sequence[Pixels]) -> list[bool]:
+        """Which pictures "height width 3" the safety checker blocks, in batches no larger than warm-up has seen."""
+        largest = self.pipeline.spec.max_batch_size
+        batches = (images[start : start + largest] for start in range(0, len(images), largest))
+        return [is_blocked for batch in batches for is_blocked in self._check(batch)]
+
+    def _check(self, images: Sequence[Pixels]) -> list[bool]:
+        started_s = time.perf_counter()
+        self.pipeline.expect_rows(len(images))
+        padded = [*images, *[images[-1]] * self._padding(len(images))]
+        verdicts = self.pipeline.check(padded)[: len(images)]
+        self.observe_check(len(images), time.perf_counter() - started_s)
+        return verdicts
+
+    def ensure_device(self) -> None:
+        """Raises again where the device itself is lost: then nothing can run in this process any more."""
+        if self.pipeline.device.type == "cuda":
+            torch.cuda.synchronize(self.pipeline.device)
 
     def _encode(self, texts: Collection[str | None]) -> None:
         missing = [text for text in texts if text not in self._prompts]
