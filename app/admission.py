@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from app.callers import Caller
-from app.errors import Forbidden, ModelNotReady, Overloaded, PromptBlocked, PromptCheckFailed, RateExceeded, raises
+from app.errors import (
+    Forbidden,
+    ModelNotReady,
+    Overloaded,
+    PromptBlocked,
+    PromptCheckFailed,
+    RateExceeded,
+    raises,
+)
 from app.fleet import Fleet, find_warm, make_forecast
 from app.metrics import Metrics
 from app.policy import PromptPolicy
@@ -64,15 +72,8 @@ class Admission:
         return preferred if preferred in allowed else next(iter(allowed), preferred)
 
     @raises(
-        Forbidden,
-        ModelNotReady,
-        RateExceeded,
-        PromptBlocked,
-        PromptCheckFailed,
-        Overloaded,
-        IdempotencyConflict,
-        BrokerUnavailable,
-        BrokerError,
+        *(Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, Overloaded),
+        *(IdempotencyConflict, BrokerUnavailable, BrokerError),
     )
     async def submit(self, job: Job, caller: Caller, terms: Terms | None = None) -> Submitted:
         """Raises Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, Overloaded,

@@ -169,8 +169,8 @@ TABLE: dict[type[Exception], Row] = {
     WrongHost: Row(
         400, _REQUEST, "wrong_host", meaning="the `Host` header names another server (`FEWSTEP_ALLOWED_HOSTS`)"
     ),
-    PromptBlocked: Row(400, _REQUEST, CONTENT_BLOCKED),
-    PictureBlocked: Row(400, _REQUEST, CONTENT_BLOCKED),
+    PromptBlocked: Row(400, _REQUEST, CONTENT_BLOCKED, meaning="the operator's prompt check refused the prompt"),
+    PictureBlocked: Row(400, _REQUEST, CONTENT_BLOCKED, meaning="the model's safety checker blocked the picture"),
     Unauthorized: Row(401, _REQUEST, "invalid_api_key"),
     InvalidToken: Row(401, _REQUEST, "invalid_token", more_codes=("token_expired",)),
     Forbidden: Row(403, _REQUEST, "not_allowed", more_codes=("model_not_allowed", "lane_not_allowed")),
@@ -212,7 +212,9 @@ TABLE: dict[type[Exception], Row] = {
         meaning="the request ended without a picture, and would again",
     ),
     ModelNotReady: Row(503, _SERVER, "model_not_ready", says_when=True),
-    PromptCheckFailed: Row(503, _SERVER, "prompt_check_failed"),
+    PromptCheckFailed: Row(
+        503, _SERVER, "prompt_check_failed", says_when=True, meaning="the operator's prompt check gave no answer"
+    ),
     BrokerUnavailable: Row(503, _SERVER, "queue_unavailable", says_when=True, meaning="the queue can't be reached"),
     BrokerError: Row(500, _SERVER, "queue_error", meaning="the queue refused the request"),
     GenerationExpired: Row(

@@ -248,6 +248,8 @@ def gateway_command(redis_url: str, port: int, num_sockets: int) -> list[str]:
         "REDIS_PREFIX": PREFIX,
         "PORT": port,
         "DEFAULT_MODEL": MODEL,
+        "ALLOW_ANONYMOUS": 1,
+        "CACHE_S": 0,  # every request is to reach the worker
         "MAX_LIVE_CONNECTIONS": num_sockets,
         "KEEP_SYNC_S": KEEP_S,
         "KEEP_ASYNC_S": KEEP_S,

@@ -125,7 +125,7 @@ class Meter:
     def stop(self) -> tuple[float, CpuSeconds]:
         """Seconds since the start, and CPU seconds by role."""
         seconds, end = time.perf_counter() - self._started_s, self._read()
-        return seconds, {role: end[role] - self._start[role] for role in end}
+        return seconds, {role: max(0.0, end[role] - self._start[role]) for role in end}  # clocks tick at 10 ms
 
     def _read(self) -> CpuSeconds:
         times = {role: process.cpu_times() for role, process in self._processes.items()}

@@ -209,6 +209,8 @@ class EmbeddedRedis:
             "logfile": str(self.data_dir / "redis.log"),
             "appendonly": "yes",
             "appendfsync": "everysec",
+            # Pictures fill Redis' default of 64 MB in seconds, and each rewriting forks and takes a core for a while.
+            "auto-aof-rewrite-min-size": "256mb",
             "save": "",
             "maxmemory-policy": "noeviction",
             "daemonize": "no",

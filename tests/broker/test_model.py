@@ -292,6 +292,7 @@ class QueueMachine(RuleBasedStateMachine):
         return [delivery for deliveries in reclaimed + received for delivery in deliveries]
 
     async def check_the_end(self) -> None:
+        self.expire_in_model()
         for request in self.requests.values():
             assert (await self.broker.status(request.request_id)).state == request.state, request
         while any(sum(counts.values()) for counts in (await self.broker.depths(MODELS)).values()):
