@@ -62,7 +62,7 @@ HEADERS: dict[str, tuple[str, Json]] = {
     "Location": ("The path of the generation.", {**TEXT, "pattern": "^/v1/generations/"}),
     "Preference-Applied": ("What of `Prefer` was applied.", {**TEXT, "const": "respond-async"}),
     "Server-Timing": (
-        "Milliseconds of `queue`, `text`, `denoise`, `decode`, `encode` and `total`; `cache` where nothing was drawn.",
+        "Milliseconds of `queue`, `text`, `denoise`, `decode`, `check`, `encode` and `total`; `cache`: not drawn now.",
         {**TEXT, "pattern": r"^(queue|cache);"},
     ),
     "X-Fewstep-Seed": ("The seed of the picture.", {"type": "integer", "minimum": 0}),

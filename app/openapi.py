@@ -225,7 +225,7 @@ def _rows_of_dependencies(dependant: Dependant) -> Iterator[Row]:
 
 def _by_status(rows: Iterable[Row]) -> dict[int, list[Row]]:
     grouped = defaultdict(list)
-    for row in sorted(rows, key=lambda row: (row.status, row.code)):
+    for row in sorted(rows, key=lambda row: (row.status, row.code, row.meaning)):
         grouped[row.status].append(row)
     return grouped
 
@@ -339,7 +339,7 @@ def _header_lines(document: Json) -> Iterator[tuple[str, str]]:
 
 def _error_lines() -> Iterator[tuple[str, str, str]]:
     rows = {*(explained(kind) for kind in TABLE if kind is not ClientGone), *BY_STATUS.values()}
-    for row in sorted(rows | {UNKNOWN, RETRYABLE_FAILURE}, key=lambda row: (row.status, row.code)):
+    for row in sorted(rows | {UNKNOWN, RETRYABLE_FAILURE}, key=lambda row: (row.status, row.code, row.meaning)):
         yield str(row.status), list_codes(row), row.meaning
 
 
