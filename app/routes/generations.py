@@ -14,10 +14,6 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app.admission import Admission
 from app.dependencies import Call, CallDep, CallerDep, GatewayDep, identify
-    CallerDep,
-    GatewayDep,
-    identify,
-)
 from app.errors import ImageGone, ImageNotReady, InvalidToken, NotAcceptable, ending_error, raises
 from app.fleet import find_warm
 from app.gateway import Gateway
