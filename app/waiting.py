@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 from starlette.requests import Request
 
 from app.callers import Caller
@@ -112,7 +113,8 @@ async def given_up_if_left(broker: RedisBroker, entry: Entry) -> AsyncIterator[N
     try:
         yield
     except (ClientGone, asyncio.CancelledError, GeneratorExit):
-        await cancel_quietly(broker, entry.job.request_id, entry.claim)
+        with anyio.CancelScope(shield=True):  # a streaming response is cancelled again at every await
+            await cancel_quietly(broker, entry.job.request_id, entry.claim)
         raise
 
 
