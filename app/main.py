@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 
@@ -54,27 +55,45 @@ log = logging.getLogger(__name__)
 # The application
 
 
-def create_app(settings: GatewaySettings) -> FastAPI:
-    """Raises SettingsError, or CatalogError where the catalog can't be read. Connects to nothing before startup."""
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a gateway is made of before it connects to anything."""
+
+    settings: GatewaySettings
+    catalog: dict[str, ModelSpec]
+    keys: KeyRing
+    metrics: Metrics
+    policy: PromptPolicy
+
+
+def make_setup(settings: GatewaySettings) -> Setup:
+    """Raises SettingsError, or CatalogError where the catalog can't be read."""
     check_exposure(settings)
     catalog = load_catalog(settings.catalog)
     check_default_model(settings, catalog)
-    keys, metrics = KeyRing(settings), Metrics()
+    metrics = Metrics()
     policy = PromptPolicy(load_prompt_check(settings.prompt_check), settings.prompt_check_timeout_s, metrics)
+    return Setup(settings, catalog, KeyRing(settings), metrics, policy)
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """Raises what `make_setup` does. Connects to nothing before startup."""
+    setup = make_setup(settings)
     app = FastAPI(
         title="fewstep",
         summary="Real-time text-to-image",
-        lifespan=partial(lifespan, settings=settings, catalog=catalog, keys=keys, metrics=metrics, policy=policy),
+        lifespan=partial(lifespan, setup=setup),
         docs_url=None,  # Swagger's page is fetched from elsewhere
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    add_middleware(app, settings, metrics)
-    install_error_handlers(app, metrics)
+    add_middleware(app, settings, setup.metrics)
+    install_error_handlers(app, setup.metrics)
     for routes in (generations, openai_images, live, models, health, page):
         app.include_router(routes.router, max_body_size=settings.max_body_bytes)
     app.mount("/static", page.PageFiles(), name="static")
-    app.openapi = cache(partial(describe, app, catalog, settings, has_keys=keys.is_used))  # type: ignore[method-assign]
+    describe_app = partial(describe, app, setup.catalog, settings, has_keys=setup.keys.is_used)
+    app.openapi = cache(describe_app)  # type: ignore[method-assign]
     return app
 
 
@@ -111,48 +130,30 @@ def add_cors(app: FastAPI, origins: tuple[str, ...]) -> None:
 
 
 @asynccontextmanager
-async def lifespan(
-    app: FastAPI,
-    *,
-    settings: GatewaySettings,
-    catalog: dict[str, ModelSpec],
-    keys: KeyRing,
-    metrics: Metrics,
-    policy: PromptPolicy,
-) -> AsyncIterator[dict[str, Any]]:
+async def lifespan(app: FastAPI, *, setup: Setup) -> AsyncIterator[dict[str, Any]]:
     """Connected, reading replies, alive; then everything in reverse."""
     del app
-    async with connect(settings) as broker, Rates(settings) as rates:
-        signer = await make_signer(settings, broker)
-        gateway = build_gateway(settings, catalog, broker, metrics, keys, signer, policy, rates)
+    async with connect(setup.settings) as broker, Rates(setup.settings) as rates:
+        gateway = build_gateway(setup, broker, rates, await make_signer(setup.settings, broker))
         replies = gateway.replies
-        async with running(replies.read_forever(), replies.keep_alive_forever(), keys.watch_forever()):
+        async with running(replies.read_forever(), replies.keep_alive_forever(), setup.keys.watch_forever()):
             yield {"gateway": gateway}
         with contextlib.suppress(BrokerUnavailable):
             await broker.drop_gateway(gateway.replies.gateway_id)
 
 
-def build_gateway(
-    settings: GatewaySettings,
-    catalog: dict[str, ModelSpec],
-    broker: RedisBroker,
-    metrics: Metrics,
-    keys: KeyRing,
-    signer: Signer,
-    policy: PromptPolicy,
-    rates: Rates,
-) -> Gateway:
+def build_gateway(setup: Setup, broker: RedisBroker, rates: Rates, signer: Signer) -> Gateway:
+    settings, fleet = setup.settings, Fleet(broker)
     limits = Limits(max_depth=settings.max_depth, max_result_bytes=settings.max_result_bytes)
-    fleet = Fleet(broker)
     return Gateway(
         settings=settings,
-        catalog=catalog,
+        catalog=setup.catalog,
         broker=broker,
-        replies=Replies(broker, f"gateway-{new_request_id()}", metrics.observe),
+        replies=Replies(broker, f"gateway-{new_request_id()}", setup.metrics.observe),
         fleet=fleet,
-        admission=Admission(broker, fleet, catalog, limits, metrics, policy, rates),
-        metrics=metrics,
-        keys=keys,
+        admission=Admission(broker, fleet, setup.catalog, limits, setup.metrics, setup.policy, rates),
+        metrics=setup.metrics,
+        keys=setup.keys,
         signer=signer,
     )
 
