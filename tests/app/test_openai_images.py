@@ -148,6 +148,24 @@ async def test_a_client_that_goes_away_cancels(api: Api, client: AsyncOpenAI) ->
     assert isinstance(api.painter.endings[0], Cancelled)
 
 
+async def test_a_client_that_times_out_cancels(api: Api, client: AsyncOpenAI) -> None:
+    api.painter.gate.clear()
+    with pytest.raises(openai.APITimeoutError):
+        await client.with_options(timeout=0.3, max_retries=0).images.generate(prompt="a red apple")
+    await until(lambda: bool(api.painter.endings))
+    assert isinstance(api.painter.endings[0], Cancelled)
+
+
+async def test_the_synchronous_client_streams(api: Api) -> None:
+    def draw() -> list[str]:
+        with OpenAI(api_key="unused", base_url=f"{api.url}/v1", max_retries=0) as client:
+            stream = client.images.generate(prompt="a red apple", stream=True, partial_images=2)
+            return [event.type for event in stream]
+
+    types = await asyncio.to_thread(draw)
+    assert types == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+
+
 async def test_a_wait_that_is_too_long_ends(start_api: StartApi) -> None:
     async with start_api(sync_wait_s=0.1) as api, AsyncOpenAI(api_key="x", base_url=f"{api.url}/v1") as client:
         api.painter.gate.clear()
