@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, die_with_parent
 
 if TYPE_CHECKING:
-    from app.keys import KeyRecord
+    from app.access.keys import KeyRecord
     from app.settings import GatewaySettings
     from broker.embedded import EmbeddedRedis, GivenRedis
     from broker.messages import Job
@@ -303,7 +303,7 @@ def create_key(
 
     Example: fewstep keys create shop --file keys.toml --images-per-minute 120
     """
-    from app.key_file import add_key, format_entry, make_key, new_record
+    from app.access.key_file import add_key, format_entry, make_key, new_record
 
     with _one_line_errors():
         key_id, key = make_key()
@@ -331,7 +331,7 @@ def list_keys(file: KeysFile) -> None:
     """
     from rich.table import Column, Table
 
-    from app.keys import parse_file
+    from app.access.keys import parse_file
 
     with _one_line_errors():
         records = parse_file(file)
@@ -359,7 +359,7 @@ def revoke_key(
 
     Example: fewstep keys revoke 3f0a9c51b2de --file keys.toml
     """
-    from app.key_file import remove_key
+    from app.access.key_file import remove_key
 
     with _one_line_errors():
         record = remove_key(file, key_id)

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 
-from app.callers import Caller
+from app.access.callers import Caller
+from app.access.rates import Rates
 from app.errors import (
     Forbidden,
     ModelNotReady,
@@ -20,7 +21,6 @@ from app.errors import (
 from app.fleet import Fleet, find_warm, make_forecast
 from app.metrics import Metrics
 from app.policy import PromptPolicy
-from app.rates import Rates
 from broker.errors import BrokerError, BrokerUnavailable, IdempotencyConflict, QueueFull, ResultStoreFull, TooLate
 from broker.messages import Job, Lane, WorkerInfo
 from broker.redis_broker import RedisBroker

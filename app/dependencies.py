@@ -9,8 +9,8 @@ from typing import Annotated, cast
 from fastapi import Depends, Header
 from fastapi.requests import HTTPConnection
 
-from app.auth import authenticate
-from app.callers import Caller
+from app.access.auth import authenticate
+from app.access.callers import Caller
 from app.errors import Unauthorized, raises
 from app.gateway import Gateway
 from app.parameters import earliest, find_warnings

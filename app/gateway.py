@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from app.access.callers import Caller
+from app.access.keys import KeyRing
+from app.access.signing import Signer
 from app.admission import Admission
-from app.callers import Caller
 from app.fleet import Fleet
-from app.keys import KeyRing
 from app.metrics import Metrics
 from app.replies import Replies
 from app.settings import GatewaySettings
-from app.signing import Signer
 from broker.redis_broker import RedisBroker
 from models.catalog import ModelSpec
 

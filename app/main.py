@@ -18,24 +18,24 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
+from app.access.keys import KeyRing
+from app.access.rates import Rates
+from app.access.signing import Signer
 from app.admission import Admission, new_request_id
 from app.errors import ErrorAnswer
 from app.fleet import Fleet
 from app.gateway import Gateway
-from app.handlers import install_error_handlers
-from app.http_protocol import make_protocol
-from app.keys import KeyRing
+from app.http.handlers import install_error_handlers
+from app.http.middleware import EXPOSED_HEADERS, BodyDeadline, Guard, RequestContext, allowed_hosts
+from app.http.protocol import make_protocol
+from app.http.redaction import redact_logs
 from app.metrics import Metrics
-from app.middleware import EXPOSED_HEADERS, BodyDeadline, Guard, RequestContext, allowed_hosts
-from app.openapi import describe
+from app.openapi.document import describe
 from app.policy import PromptPolicy, load_prompt_check
 from app.process import prepare_process
-from app.rates import Rates
-from app.redaction import redact_logs
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
 from app.settings import GatewaySettings, check_exposure, is_loopback
-from app.signing import Signer
 from app.tasks import running
 from broker.errors import BrokerUnavailable
 from broker.redis_broker import RedisBroker

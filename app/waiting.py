@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 from starlette.requests import Request
 
-from app.callers import Caller
+from app.access.callers import Caller
 from app.errors import ClientGone
 from app.gateway import Gateway
 from app.replies import Subscription

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from app.key_file import format_entry, make_key, new_record
+from app.access.key_file import format_entry, make_key, new_record
 from tests.service import Service, start_service
 
 NUM_QUEUED = 400

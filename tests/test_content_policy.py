@@ -16,8 +16,8 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 
 from tests.app.conftest import Api, StartApi, start_api
+from tests.app.live.test_session import go_live
 from tests.app.peers import open_image
-from tests.app.test_live import go_live
 from tests.small_models import make_safety_folder, small_spec, write_catalog
 from workers.settings import WorkerSettings
 from workers.worker import Worker

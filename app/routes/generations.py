@@ -12,14 +12,15 @@ from fastapi.requests import HTTPConnection, Request
 from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from app.access.links import check_link
 from app.admission import Admission
 from app.dependencies import Call, CallDep, CallerDep, GatewayDep, identify
 from app.errors import ImageGone, ImageNotReady, InvalidToken, NotAcceptable, ending_error, raises
 from app.fleet import find_warm
 from app.gateway import Gateway
-from app.links import check_link
-from app.negotiation import Answer, Preference, negotiate, parse_prefer
-from app.openapi import (
+from app.http.negotiation import Answer, Preference, negotiate, parse_prefer
+from app.http.strict_json import JsonRoute
+from app.openapi.declarations import (
     GENERATION_EVENTS,
     MODEL_HEADERS,
     RESULT_HEADERS,
@@ -43,7 +44,6 @@ from app.rendering import (
 from app.replies import Subscription, as_ending
 from app.schemas import Generation, GenerationRequest
 from app.sharing import choose_terms, sharing_headers
-from app.strict_json import JsonRoute
 from app.waiting import Entry, enter, given_up_if_left, wait_at_most
 from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
 from broker.messages import Completed, Job, LoggedEvent, Picture, Preview, TerminalEvent

@@ -1,4 +1,4 @@
-"""`WS /v1/live` and the tokens that open it to a page. The session itself is `app.live_session`."""
+"""`WS /v1/live` and the tokens that open it to a page. The session itself is `app.live.session`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from app.admission import Admission
 from app.dependencies import CallerDep, GatewayDep, RequestIdDep
 from app.errors import Forbidden, Unauthorized, raises
 from app.gateway import Gateway
-from app.live_access import Door, make_token
-from app.live_protocol import SUBPROTOCOL, CloseCode, reconnect_reason
-from app.live_session import LiveSession
-from app.openapi import show_headers
+from app.http.strict_json import JsonRoute
+from app.live.access import Door, make_token
+from app.live.protocol import SUBPROTOCOL, CloseCode, reconnect_reason
+from app.live.session import LiveSession
+from app.openapi.declarations import show_headers
 from app.schemas import LiveTokenAnswer, LiveTokenRequest
-from app.strict_json import JsonRoute
 
 log = logging.getLogger(__name__)
 

@@ -20,18 +20,25 @@ from fastapi.requests import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
+from app.access.links import sign_link
 from app.admission import Admission
 from app.dependencies import Call, CallDep
 from app.errors import ErrorAnswer, ending_error, invalid, raises, render
 from app.gateway import Gateway
-from app.links import sign_link
-from app.openapi import IMAGE_EVENTS, MODEL_HEADERS, RESULT_HEADERS, SHARING_HEADERS, event_stream, show_headers
+from app.http.strict_json import JsonRoute
+from app.openapi.declarations import (
+    IMAGE_EVENTS,
+    MODEL_HEADERS,
+    RESULT_HEADERS,
+    SHARING_HEADERS,
+    event_stream,
+    show_headers,
+)
 from app.parameters import Defaults, check_size_text, complete, earliest
 from app.rendering import model_headers, result_headers, to_base64
 from app.replies import Subscription
 from app.schemas import GenerationFields, OpenAIImageRequest, OpenAIImages
 from app.sharing import choose_terms, sharing_headers
-from app.strict_json import JsonRoute
 from app.waiting import Entry, enter, given_up_if_left, wait_for_ending
 from broker.messages import Completed, ImageFormat, Job, JobEvent, Picture, Preview, SamplingParams
 from broker.terms import Terms

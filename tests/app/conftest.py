@@ -16,7 +16,7 @@ import pytest
 import websockets
 
 from app.gateway import Gateway
-from app.live_protocol import SUBPROTOCOL
+from app.live.protocol import SUBPROTOCOL
 from app.main import GatewayServer, bind, make_server
 from app.settings import GatewaySettings
 from app.tasks import running

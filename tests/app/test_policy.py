@@ -17,7 +17,7 @@ from app.settings import GatewaySettings
 from broker.settings import SettingsError
 from models.catalog import CATALOG_PATH
 from tests.app.conftest import Api, StartApi
-from tests.app.test_live import go_live
+from tests.app.live.test_session import go_live
 from tests.app.test_process import gateway
 
 HERE = "tests.app.test_policy"

@@ -15,8 +15,8 @@ import httpx
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
-from app.key_file import format_entry, make_key, new_record
-from app.live_protocol import AUTH_PREFIX, SUBPROTOCOL
+from app.access.key_file import format_entry, make_key, new_record
+from app.live.protocol import AUTH_PREFIX, SUBPROTOCOL
 from tests.service import free_port
 
 START_S = 90.0

@@ -11,8 +11,8 @@ from app.tasks import running
 from broker.embedded import EmbeddedRedis
 from broker.messages import Accepted, Completed, Failed, LoggedEvent, Picture, Preview, Started, Timings
 from tests.app.conftest import StartApi
+from tests.app.live.test_session import go_live
 from tests.app.test_generations import until, until_state
-from tests.app.test_live import go_live
 
 TIMINGS = Timings(0, 0, 0, 0, 0, 0)
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from pydantic_settings import BaseSettings
 
 from app.errors import TABLE
-from app.live_protocol import CloseCode
+from app.live.protocol import CloseCode
 from app.main import create_app
 from app.metrics import Metrics
 from app.schemas import GenerationFields

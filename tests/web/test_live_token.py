@@ -13,7 +13,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page
 
-from app.key_file import add_key, make_key, new_record, remove_key
+from app.access.key_file import add_key, make_key, new_record, remove_key
 from app.routes.page import WEB_PATH
 from tests.service import free_port, spawn
 
