@@ -59,7 +59,11 @@ def make_forecast(workers: Iterable[WorkerInfo], params: SamplingParams, spec: M
 
 
 def _cost_on(warm: WarmModel, params: SamplingParams, spec: ModelSpec) -> Forecast:
-    """The same for one worker. In a full batch the request pays for its rows only, but waits for all of them."""
+    """The same for one worker.
+
+    In a full batch a request pays for its own rows only. But it runs for as long as all that the worker holds costs
+    together (Little's law), since the others' text and decoding stand between its steps, too.
+    """
     costs = warm.find_costs(params.width, params.height)
     num_rows = spec.num_rows(params.num_images, params.guidance_scale)
     full = max(costs.max_rows, num_rows)
@@ -69,10 +73,12 @@ def _cost_on(warm: WarmModel, params: SamplingParams, spec: ModelSpec) -> Foreca
         check_ms = cost_at(costs.check_ms, images) if costs.check_ms else 0.0
         return warm.text_ms + steps_ms + cost_at(costs.decode_ms, images) + check_ms
 
-    full_ms = run_ms(full, max(costs.max_rows, params.num_images))
+    batch_ms = run_ms(full, max(costs.max_rows, params.num_images))
+    work_ms = max(0.01, warm.text_ms + (batch_ms - warm.text_ms) * num_rows / full)
+    num_slots = max(1, costs.max_rows // num_rows)
     return Forecast(
-        work_ms=max(0.01, warm.text_ms + (full_ms - warm.text_ms) * num_rows / full),
+        work_ms=work_ms,
         alone_ms=run_ms(num_rows, params.num_images),
-        full_ms=full_ms,
-        num_slots=max(1, costs.max_rows // num_rows),
+        full_ms=max(batch_ms, num_slots * work_ms),
+        num_slots=num_slots,
     )

@@ -133,8 +133,8 @@ def parse_options() -> argparse.Namespace:
     add("--bursts", type=int, nargs="+", default=[64, 256, 800], help="requests of one caller, sent at once")
     add("--percents", type=int, nargs="+", default=[80, 110, 150], help="of capacity, in the open loops")
     add("--deadline-ms", type=int, default=1000)
-    add("--flood", type=int, default=800, help="requests that the other caller has queued")
-    add("--singles", type=int, default=15, help="single requests beside it")
+    add("--flood", type=int, default=950, help="requests that the other caller has queued")
+    add("--singles", type=int, default=6, help="single requests beside it")
     add("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-admission.json")
     return parser.parse_args()
 

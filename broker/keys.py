@@ -24,6 +24,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "ready": ("model",),  # stream, group `workers`: about the next batch
     "target": ("model",),  # how deep the ready stream is kept, raised by what workers ask for
     "depth": ("model",),  # hash: unfinished requests, `queued` and `running`, and the work that waits, `queued_us`
+    "pace": ("model",),  # hash: work started and time taken for it lately, while there was more to do
     "deadlines": (),  # sorted set of unfinished requests with a deadline, by that
     "models": (),  # set of the models that have a ready stream
     # messages

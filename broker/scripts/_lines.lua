@@ -146,11 +146,55 @@ local function count_before(model, lane, owner, index, cost)
   return num_before + count_undelivered(model)
 end
 
+
+-- How fast the workers really are, beside what their cost tables say: 0.5 is half as fast. The tables were measured
+-- while the worker had its machine to itself. Two sums that fade with time: the work that was finished, and the time it
+-- took, both only while there was more to do than the workers could run at once.
+local PACE_MEMORY_US = 10000000
+local PACE_PRIOR_US = 1000000     -- the tables count as so much experience
+local PACE_TTL_MS = 600000
+
+local function get_pace(model)
+  local sums = redis.call('HMGET', pace_key(model), 'work_us', 'time_us', 'busy_since_us')
+  return {work_us = tonumber(sums[1] or PACE_PRIOR_US), time_us = tonumber(sums[2] or PACE_PRIOR_US),
+          busy_since_us = tonumber(sums[3] or '0')}
+end
+
+local function set_pace(model, pace)
+  redis.call('HSET', pace_key(model), 'work_us', pace.work_us, 'time_us', pace.time_us,
+             'busy_since_us', string.format('%.0f', pace.busy_since_us))
+  redis.call('PEXPIRE', pace_key(model), PACE_TTL_MS)
+end
+
+-- Something has to wait, since the workers run as much as they can.
+local function note_busy(model, num_slots)
+  local pace = get_pace(model)
+  if pace.busy_since_us > 0 or num_slots == 0 or get_depth(model).running < num_slots then return end
+  pace.busy_since_us = NOW_US
+  set_pace(model, pace)
+end
+
+local function note_finished(job)
+  local pace = get_pace(job.model)
+  if pace.busy_since_us == 0 then return end
+  local elapsed_us = NOW_US - pace.busy_since_us
+  local fading = math.exp(-elapsed_us / PACE_MEMORY_US)
+  pace.work_us = pace.work_us * fading + job.cost_us
+  pace.time_us = pace.time_us * fading + elapsed_us
+  pace.busy_since_us = get_depth(job.model).queued > 0 and NOW_US or 0
+  set_pace(job.model, pace)
+end
+
+local function speed_of(model)
+  local pace = get_pace(model)
+  return math.max(0.05, math.min(2, pace.work_us / math.max(1, pace.time_us)))
+end
+
 -- When a request with so many before it starts, in ms from now. Requests that find a free slot join the running batch
 -- at its next step; the others wait for as much work as stands before them, at what the queue costs on average.
 local function predict_start_ms(model, position, cost_us, num_slots)
   local depth = get_depth(model)
   local mean_us = depth.queued > 0 and depth.queued_us / depth.queued or cost_us
   local num_free = math.max(0, num_slots - depth.running)
-  return math.max(0, position + 1 - num_free) * mean_us / 1000
+  return math.max(0, position + 1 - num_free) * mean_us / 1000 / speed_of(model)
 end

@@ -79,7 +79,7 @@ end
 -- How long the request runs: longer, the more others share its batch.
 local function predict_run_ms()
   local fullness = math.min(1, (get_depth(model).running + 1) / math.max(1, ask.num_slots))
-  return ask.alone_ms + (ask.full_ms - ask.alone_ms) * fullness
+  return (ask.alone_ms + (ask.full_ms - ask.alone_ms) * fullness) / math.min(1, speed_of(model))
 end
 
 local function predict()
@@ -143,6 +143,7 @@ end
 set_weight(owner, ask.weight)
 local job = write_record()
 change_depth(job, 'queued', 1)
+note_busy(model, ask.num_slots)
 if deadline_at_ms > 0 then redis.call('ZADD', deadlines_key(), deadline_at_ms, job.id) end
 link_to(job)
 if ask.cache_key then point(job, same_key(ask.cache_key), job.id) end

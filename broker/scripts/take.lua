@@ -6,8 +6,9 @@ local worker_id, model, count, held_text = unpack(ARGV, 1, 4)
 go_on_without_memory()
 local held = parse_held(held_text)
 
--- As much as a worker may ask for next: it is topped up at every take, and a newcomer waits behind all of it.
-local target = tonumber(count)
+-- A part of what a worker asks for: it is topped up at every take, so a worker with much room reads a few times in a
+-- row, and its rows join the running batch a step later at worst. A newcomer waits behind all that is ready.
+local target = math.ceil(tonumber(count) / 4)
 local known = tonumber(redis.call('GET', target_key(model)) or '0')
 if target >= known and target > MIN_READY_DEPTH then redis.call('SET', target_key(model), target, 'PX', 60000) end
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from broker.errors import QueueFull, TooLate
@@ -57,12 +59,14 @@ async def test_free_slots_shorten_the_wait(broker: RedisBroker) -> None:
 
 
 async def test_costly_work_ahead_takes_longer(broker: RedisBroker) -> None:
-    await fill(broker, 10, 10, Terms(forecast=Forecast(work_ms=90, num_slots=10)))
-    submitted = await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)
-    assert submitted.start_ms == 11 * 90
-    for delivery in await receive_now(broker, "next", 10):
-        await broker.finish("next", completed(delivery.job.request_id))
-    assert (await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)).start_ms == 2 * 10
+    await fill(broker, num_running=10, num_queued=0)
+    costly = Terms(forecast=Forecast(work_ms=90, num_slots=10))
+    for i in range(10):
+        await broker.submit(api_job(f"costly-{i}", owner="other"), NO_LIMITS, costly)
+    assert (await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)).start_ms == 11 * 90
+    for i in range(10):
+        await broker.cancel(f"costly-{i}")
+    assert (await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)).start_ms < 90
 
 
 async def test_a_full_queue_tells_how_much_work_it_holds(broker: RedisBroker) -> None:
@@ -80,3 +84,16 @@ async def test_a_live_prompt_takes_over_a_place_whatever_the_queue_is(broker: Re
     await broker.submit(live_job("waits"), NO_LIMITS, TERMS)
     await broker.submit(live_job("newer", deadline_ms=200), NO_LIMITS, TERMS)
     assert (await broker.status("waits")).state == "superseded"
+
+
+async def test_workers_slower_than_their_tables_are_seen_to_be(broker: RedisBroker) -> None:
+    """The queue moves on by one request every 40 ms at least, and the tables say 10."""
+    await fill(broker, num_running=10, num_queued=60)
+    before = (await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)).start_ms
+    for _ in range(40):
+        await asyncio.sleep(0.04)
+        [delivery] = await receive_now(broker, "slow")
+        await broker.finish("slow", completed(delivery.job.request_id))
+    after = (await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)).start_ms
+    assert before == 61 * 10
+    assert after > 22 * 10 * 1.7
