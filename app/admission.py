@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,9 +27,7 @@ from broker.terms import Limits, Submitted, Terms
 from models.catalog import ModelSpec, UnknownModelError, get_spec
 
 NOT_READY_RETRY_MS = 5_000
-MIN_RETRY_MS, MAX_RETRY_MS = 100, 60_000
-# Who finds the queue full comes back when this part of it has been worked off.
-RETRY_SHARE = 0.25
+MIN_RETRY_MS, MAX_RETRY_MS = 10, 60_000
 
 
 def new_request_id() -> str:
@@ -118,13 +115,12 @@ def check_lane(lane: Lane, caller: Caller) -> None:
 
 
 def _overloaded(error: QueueFull | ResultStoreFull | TooLate) -> Overloaded:
-    """When to come back: once enough work is done, or enough results have ended, for this request to get in."""
     match error:
-        case QueueFull(drain_ms=drain_ms):
-            code, param, wait_ms = "queue_full", None, drain_ms * RETRY_SHARE
-        case ResultStoreFull(wait_ms=wait_ms):
+        case QueueFull():
+            code, param = "queue_full", None
+        case ResultStoreFull():
             code, param = "result_store_full", None
-        case TooLate(finish_ms=finish_ms, deadline_ms=deadline_ms):
-            code, param, wait_ms = "deadline_unreachable", "deadline_ms", finish_ms - deadline_ms
-    retry_ms = min(MAX_RETRY_MS, max(MIN_RETRY_MS, math.ceil(wait_ms)))
+        case TooLate():
+            code, param = "deadline_unreachable", "deadline_ms"
+    retry_ms = min(MAX_RETRY_MS, max(MIN_RETRY_MS, error.wait_ms))
     return Overloaded(str(error), code=code, param=param, retry_after_ms=retry_ms)

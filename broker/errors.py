@@ -41,15 +41,15 @@ class RequestNotFound(BrokerError):
 
 
 class QueueFull(BrokerError):
-    """Admission refused: `depth` requests are unfinished and `max_depth` are allowed. `drain_ms` is the work queued."""
+    """Admission refused: `depth` requests are unfinished and `max_depth` are allowed. Come back in `wait_ms`."""
 
-    def __init__(self, model: str, depth: int, max_depth: int, *, drain_ms: int) -> None:
+    def __init__(self, model: str, depth: int, max_depth: int, *, wait_ms: int) -> None:
         super().__init__(f"the queue of {model} is full: {depth} unfinished requests, {max_depth} are allowed")
-        self.model, self.depth, self.max_depth, self.drain_ms = model, depth, max_depth, drain_ms
+        self.model, self.depth, self.max_depth, self.wait_ms = model, depth, max_depth, wait_ms
 
 
 class ResultStoreFull(BrokerError):
-    """Admission refused: finished results that are still promised fill the byte budget, the next for `wait_ms`."""
+    """Admission refused: results that are promised fill the byte budget. Come back in `wait_ms`."""
 
     def __init__(self, num_bytes: int, max_bytes: int, *, wait_ms: int) -> None:
         super().__init__(f"{num_bytes} bytes of results are kept, {max_bytes} are allowed")
@@ -57,11 +57,11 @@ class ResultStoreFull(BrokerError):
 
 
 class TooLate(BrokerError):
-    """Admission refused: the picture is predicted for `finish_ms` from now, which is after the deadline."""
+    """Admission refused: only `finish_ms` from now would the picture surely be done. Come back in `wait_ms`."""
 
-    def __init__(self, finish_ms: int, deadline_ms: int) -> None:
-        super().__init__(f"the picture would be done in about {finish_ms} ms, the deadline is {deadline_ms} ms")
-        self.finish_ms, self.deadline_ms = finish_ms, deadline_ms
+    def __init__(self, finish_ms: int, deadline_ms: int, *, wait_ms: int) -> None:
+        super().__init__(f"the picture would surely be done in {finish_ms} ms, the deadline is {deadline_ms} ms")
+        self.finish_ms, self.deadline_ms, self.wait_ms = finish_ms, deadline_ms, wait_ms
 
 
 class IdempotencyConflict(BrokerError):

@@ -25,6 +25,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "target": ("model",),  # how deep the ready stream is kept, raised by what workers ask for
     "depth": ("model",),  # hash: unfinished requests, `queued` and `running`, and the work that waits, `queued_us`
     "pace": ("model",),  # hash: work started and time taken for it lately, while there was more to do
+    "returns": ("model",),  # when the next one that is refused shall come back, in ms
     "deadlines": (),  # sorted set of unfinished requests with a deadline, by that
     "models": (),  # set of the models that have a ready stream
     # messages

@@ -73,11 +73,11 @@ class Scripts:
         outcome, *rest = await self._run("submit", encode_job(job), json.dumps(_ask(job, limits, terms)))
         match outcome:
             case b"full":
-                raise QueueFull(job.model, int(rest[0]), limits.max_depth, drain_ms=int(rest[1]))
+                raise QueueFull(job.model, int(rest[0]), limits.max_depth, wait_ms=int(rest[1]))
             case b"store_full":
                 raise ResultStoreFull(int(rest[0]), limits.max_result_bytes, wait_ms=int(rest[1]))
             case b"late":
-                raise TooLate(int(rest[0]), job.deadline_ms or 0)
+                raise TooLate(int(rest[0]), job.deadline_ms or 0, wait_ms=int(rest[1]))
             case b"conflict":
                 raise IdempotencyConflict
         request_id, position, depth, start_ms = rest

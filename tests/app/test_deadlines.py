@@ -54,7 +54,7 @@ async def test_retry_after_is_when_it_would_fit(api: Api) -> None:
     queue_ms = 41 * (1 + (4 * 40 + 16) / 8)
     refused = await api.http.post(NATIVE, json=APPLE | {"deadline_ms": 500})
     assert refused.status_code == 429
-    assert int(refused.headers["retry-after-ms"]) == pytest.approx(queue_ms + 184 - 500, abs=2)
+    assert int(refused.headers["retry-after-ms"]) == pytest.approx(1.15 * (queue_ms + 184) - 500, abs=2)
     taken = await api.http.post(NATIVE, json=APPLE | {"deadline_ms": 3000}, headers={"Prefer": "respond-async"})
     assert taken.status_code == 202
     assert taken.json()["queue"] == {"position": 40, "predicted_start_ms": pytest.approx(queue_ms, abs=2)}
@@ -103,7 +103,7 @@ async def test_the_sdk_comes_back_when_told(api: Api) -> None:
     await hold_work(api, 4)
     draining = asyncio.create_task(drain_once_refused())
     async with AsyncOpenAI(api_key="x", base_url=f"{api.url}/v1", max_retries=5) as client:
-        images = await client.images.generate(prompt="a red apple", extra_body={"deadline_ms": 220})
+        images = await client.images.generate(prompt="a red apple", extra_body={"deadline_ms": 250})
     assert images.data
     await draining
 
