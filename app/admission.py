@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 from app.access.callers import Caller
 from app.access.rates import Rates
 from app.errors import (
+    DeadlineTooShort,
     Forbidden,
     ModelNotReady,
     Overloaded,
@@ -23,7 +25,7 @@ from app.policy import PromptPolicy
 from broker.errors import BrokerError, BrokerUnavailable, IdempotencyConflict, QueueFull, ResultStoreFull, TooLate
 from broker.messages import Job, Lane, WorkerInfo
 from broker.redis_broker import RedisBroker
-from broker.terms import Limits, Submitted, Terms
+from broker.terms import Forecast, Limits, Submitted, Terms
 from models.catalog import ModelSpec, UnknownModelError, get_spec
 
 NOT_READY_RETRY_MS = 5_000
@@ -69,20 +71,22 @@ class Admission:
         return preferred if preferred in allowed else next(iter(allowed), preferred)
 
     @raises(
-        *(Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, Overloaded),
-        *(IdempotencyConflict, BrokerUnavailable, BrokerError),
+        *(Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, DeadlineTooShort),
+        *(Overloaded, IdempotencyConflict, BrokerUnavailable, BrokerError),
     )
     async def submit(self, job: Job, caller: Caller, terms: Terms | None = None) -> Submitted:
-        """Raises Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, Overloaded,
-        IdempotencyConflict or BrokerUnavailable.
+        """Raises Forbidden, ModelNotReady, DeadlineTooShort, RateExceeded, PromptBlocked, PromptCheckFailed,
+        Overloaded, IdempotencyConflict or BrokerUnavailable.
 
         The answer may be an older request; `terms` say when. Weight and forecast are filled in here.
         """
         check_lane(job.lane, caller)
         workers = await self._check_ready(job.model)
+        spec = self._catalog[job.model]
+        forecast = make_forecast(workers, job.params, spec)
+        check_deadline(job.deadline_ms, forecast)
         await self._rates.take(job, caller)
-        await self._policy.review(job, self._catalog[job.model])
-        forecast = make_forecast(workers, job.params, self._catalog[job.model])
+        await self._policy.review(job, spec)
         terms = replace(terms or Terms(), weight=caller.weight, forecast=forecast)
         self._metrics.submitted(job)
         is_new = False
@@ -112,6 +116,12 @@ def check_lane(lane: Lane, caller: Caller) -> None:
     if lane not in caller.lanes:
         allowed = ", ".join(sorted(caller.lanes))
         raise Forbidden(f"this key may not use the {lane} lane; it may use: {allowed}", code="lane_not_allowed")
+
+
+def check_deadline(deadline_ms: int | None, forecast: Forecast) -> None:
+    if deadline_ms is not None and deadline_ms < forecast.alone_ms:
+        message = f"deadline_ms: {deadline_ms} is too short: this takes {math.ceil(forecast.alone_ms)} ms at best"
+        raise DeadlineTooShort(message, param="deadline_ms")
 
 
 def _overloaded(error: QueueFull | ResultStoreFull | TooLate) -> Overloaded:

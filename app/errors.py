@@ -8,6 +8,7 @@ GatewayError
 ├── NotAcceptable            none of the types in Accept can be made
 ├── ModelNotReady            no live worker holds the model warm
 ├── Overloaded               admission refused: come back after `retry_after_ms`
+├── DeadlineTooShort         not even an idle worker would be done in time
 ├── ImageNotReady            the generation hasn't ended yet
 ├── ImageGone                the picture is no longer kept
 ├── GenerationFailed         the request ended without a picture
@@ -77,6 +78,10 @@ class ModelNotReady(GatewayError):
 
 class Overloaded(GatewayError):
     """Admission refused: come back after `retry_after_ms`."""
+
+
+class DeadlineTooShort(GatewayError):
+    """Not even an idle worker would be done in time: coming back doesn't help."""
 
 
 class ImageNotReady(GatewayError):
@@ -194,6 +199,13 @@ TABLE: dict[type[Exception], Row] = {
         more_codes=("result_store_full", "deadline_unreachable"),
         says_when=True,
         meaning="come back after `Retry-After` (seconds) or `retry-after-ms`",
+    ),
+    DeadlineTooShort: Row(
+        429,
+        "rate_limit_error",
+        "deadline_too_short",
+        should_retry=False,
+        meaning="not even an idle worker would be done within `deadline_ms`",
     ),
     RateExceeded: Row(
         429,

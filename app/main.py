@@ -35,7 +35,7 @@ from app.policy import PromptPolicy, load_prompt_check
 from app.process import prepare_process
 from app.replies import Replies
 from app.routes import generations, health, live, models, openai_images, page
-from app.settings import GatewaySettings, check_exposure, is_loopback
+from app.settings import GatewaySettings, check_exposure, check_room, is_loopback
 from app.tasks import running
 from broker.errors import BrokerUnavailable
 from broker.redis_broker import RedisBroker
@@ -69,6 +69,7 @@ class Setup:
 def make_setup(settings: GatewaySettings) -> Setup:
     """Raises SettingsError, or CatalogError where the catalog can't be read."""
     check_exposure(settings)
+    check_room(settings)
     catalog = load_catalog(settings.catalog)
     check_default_model(settings, catalog)
     metrics = Metrics()
@@ -238,7 +239,7 @@ def run(settings: GatewaySettings) -> None:
     server = make_server(settings)
     listener = bind(settings)
     asyncio.run(check_redis(settings))
-    prepare_process(settings.max_live_connections)
+    prepare_process(settings.max_connections)
     with listener, contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when all is closed
         host, port = listener.getsockname()[:2]
         log.info("the gateway serves http://%s:%d", f"[{host}]" if ":" in host else host, port)

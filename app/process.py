@@ -12,14 +12,14 @@ import resource
 # is found among the young objects.
 GC_THRESHOLDS = (10_000, 20, 50)
 MAX_OPEN_FILES = 65_536
-FILES_BESIDE_LIVE = 256  # connections of HTTP clients and to Redis, logs, modules
+FILES_BESIDE_CONNECTIONS = 128  # connections to Redis, logs, modules
 
 log = logging.getLogger(__name__)
 
 
-def prepare_process(max_live_connections: int) -> None:
+def prepare_process(max_connections: int) -> None:
     """To be called once, when everything is imported and nothing is served yet."""
-    allow_open_files(max_live_connections + FILES_BESIDE_LIVE)
+    allow_open_files(max_connections + FILES_BESIDE_CONNECTIONS)
     calm_garbage_collector()
 
 
@@ -32,7 +32,7 @@ def allow_open_files(wanted: int) -> None:
     with contextlib.suppress(ValueError, OSError):  # macOS names no hard limit and has one
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_OPEN_FILES)), _limits()[1]))
     if (allowed := _limits()[0]) < wanted:
-        message = "%d files may be open, FEWSTEP_MAX_LIVE_CONNECTIONS needs %d: raise the hard limit (ulimit -Hn)"
+        message = "%d files may be open, FEWSTEP_MAX_CONNECTIONS needs %d: raise the hard limit (ulimit -Hn)"
         log.warning(message, allowed, wanted)
 
 

@@ -35,7 +35,7 @@ class GatewaySettings(SharedSettings):
     max_result_bytes: int = Field(default=512 * 2**20, ge=2**20)
     max_body_bytes: int = Field(default=64 * 2**10, ge=1024)
     max_header_bytes: int = Field(default=32 * 2**10, ge=1024)
-    max_connections: int = Field(default=900, ge=1)
+    max_connections: int = Field(default=2000, ge=1)
     header_timeout_s: float = Field(default=10, gt=0)
     body_timeout_s: float = Field(default=20, gt=0)
     send_timeout_s: float = Field(default=30, gt=0)
@@ -116,3 +116,12 @@ def check_exposure(settings: GatewaySettings) -> None:
         f"no API keys are set: make one with fewstep keys create and name its file in FEWSTEP_API_KEYS_FILE, "
         f"or set FEWSTEP_ALLOW_ANONYMOUS=1 to let everyone in who can reach FEWSTEP_HOST={settings.host!r}"
     )
+
+
+def check_room(settings: GatewaySettings) -> None:
+    """Refuses more live sockets than there may be connections at all."""
+    if settings.max_live_connections > settings.max_connections:
+        raise SettingsError(
+            f"FEWSTEP_MAX_LIVE_CONNECTIONS={settings.max_live_connections}: live sockets are connections, and "
+            f"FEWSTEP_MAX_CONNECTIONS allows {settings.max_connections}"
+        )

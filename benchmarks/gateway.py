@@ -251,6 +251,7 @@ def gateway_command(redis_url: str, port: int, num_sockets: int) -> list[str]:
         "ALLOW_ANONYMOUS": 1,
         "CACHE_S": 0,  # every request is to reach the worker
         "MAX_LIVE_CONNECTIONS": num_sockets,
+        "MAX_CONNECTIONS": num_sockets + 1000,
         "KEEP_SYNC_S": KEEP_S,
         "KEEP_ASYNC_S": KEEP_S,
     }

@@ -118,9 +118,7 @@ def test_many_live_sockets_find_room() -> None:
 def test_too_few_open_files_are_said_at_the_start() -> None:
     *warning, limits = run_with_open_files(soft=100, hard=200, wanted=1500).splitlines()
     assert limits == "200 200"
-    assert warning == [
-        "200 files may be open, FEWSTEP_MAX_LIVE_CONNECTIONS needs 1500: raise the hard limit (ulimit -Hn)"
-    ]
+    assert warning == ["200 files may be open, FEWSTEP_MAX_CONNECTIONS needs 1500: raise the hard limit (ulimit -Hn)"]
 
 
 def run_with_open_files(soft: int, hard: int, wanted: int) -> str:

@@ -74,3 +74,9 @@ def test_a_port_in_use_is_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"can't listen on 127.0.0.1:{port}.*in use.*FEWSTEP_PORT"):
             bind(GatewaySettings.load(port=port))
+
+
+def test_live_sockets_are_connections() -> None:
+    settings = GatewaySettings.load(max_live_connections=3000, allow_anonymous=True)
+    with pytest.raises(SettingsError, match="FEWSTEP_MAX_LIVE_CONNECTIONS=3000: .*FEWSTEP_MAX_CONNECTIONS allows 2000"):
+        create_app(settings)
