@@ -78,5 +78,7 @@ def test_a_port_in_use_is_one_line() -> None:
 
 def test_live_sockets_are_connections() -> None:
     settings = GatewaySettings.load(max_live_connections=3000, allow_anonymous=True)
-    with pytest.raises(SettingsError, match="FEWSTEP_MAX_LIVE_CONNECTIONS=3000: .*FEWSTEP_MAX_CONNECTIONS allows 2000"):
+    with pytest.raises(
+        SettingsError, match=r"FEWSTEP_MAX_LIVE_CONNECTIONS=3000: .*FEWSTEP_MAX_CONNECTIONS allows 2000"
+    ):
         create_app(settings)

@@ -100,7 +100,7 @@ def fill(client: socket.socket, request: bytes) -> None:
 
 
 async def test_connections_above_the_limit_are_told_so(start_api: StartApi) -> None:
-    async with start_api(max_connections=5, header_timeout_s=2) as api:
+    async with start_api(max_connections=5, max_live_connections=5, header_timeout_s=2) as api:
         await api.http.get("/livez")
         idle = [await asyncio.open_connection("127.0.0.1", api.port) for _ in range(4)]
         await until(lambda: len(api.server.server_state.connections) == 5)
