@@ -42,6 +42,12 @@ def choose_terms(
     return terms
 
 
+def keep_for_others(job: Job, terms: Terms) -> Job:
+    """A result that another request may ask for outlives its end by as long as that takes to fetch it."""
+    is_shared = terms.cache_key is not None or terms.idempotency_key is not None
+    return replace(job, keep_s=max(job.keep_s, DELIVERY_S)) if is_shared else job
+
+
 def check_key(key: str) -> None:
     if not 1 <= len(key) <= MAX_KEY_CHARS or not key.isascii() or not key.isprintable():
         raise invalid("Idempotency-Key", key, f"1 to {MAX_KEY_CHARS} printable ASCII characters")

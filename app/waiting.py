@@ -50,12 +50,26 @@ async def enter(gateway: Gateway, job: Job, caller: Caller, terms: Terms) -> Asy
             with _expiring(subscription, job.deadline_ms):
                 yield Entry(job, job.request_id, submitted, subscription)
             return
-    status = await gateway.broker.status(submitted.request_id)
-    async with gateway.replies.attach(submitted.request_id) as subscription:
-        with _expiring(subscription, job.deadline_ms):
-            yield Entry(status.job, job.request_id, submitted, subscription, status)
-        if subscription.last_seq == LAST_SEQ:
-            await cancel_quietly(gateway.broker, submitted.request_id, job.request_id)
+    async with _following(gateway, submitted.request_id, job) as (status, subscription):
+        yield Entry(status.job, job.request_id, submitted, subscription, status)
+
+
+@asynccontextmanager
+async def _following(gateway: Gateway, request_id: str, job: Job) -> AsyncIterator[tuple[RequestStatus, Subscription]]:
+    """The request that `job` has joined. At its own deadline, or where it can't be followed, `job` gives it up."""
+    is_given_up = True
+    try:
+        status = await gateway.broker.status(request_id)
+        async with gateway.replies.attach(request_id) as subscription:
+            with _expiring(subscription, job.deadline_ms):
+                is_given_up = False
+                try:
+                    yield status, subscription
+                finally:
+                    is_given_up = subscription.last_seq == LAST_SEQ
+    finally:
+        if is_given_up:
+            await cancel_quietly(gateway.broker, request_id, job.request_id)
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class RedisBroker:
         return await self._scripts.submit(job, limits, terms or Terms())
 
     async def cancel(self, request_id: str, claim: str = "") -> State:
-        """Gives up one claim on a request, the oldest unless named; with its last one it is cancelled.
+        """Cancels a request for all who share it; with a claim only if that was the last one.
 
         A claim is the request id with which a caller submitted. Returns the state after it. A queued request ends at
         once; a running one stays `running` until its worker stops.

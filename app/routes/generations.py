@@ -43,7 +43,7 @@ from app.rendering import (
 )
 from app.replies import Subscription, as_ending
 from app.schemas import Generation, GenerationRequest
-from app.sharing import choose_terms, sharing_headers
+from app.sharing import choose_terms, keep_for_others, sharing_headers
 from app.waiting import Entry, enter, given_up_if_left, wait_at_most
 from broker.errors import BrokerError, BrokerUnavailable, RequestNotFound
 from broker.messages import Completed, Job, LoggedEvent, Picture, Preview, TerminalEvent
@@ -114,7 +114,8 @@ def order(body: GenerationRequest, call: Call, answer: Answer, preference: Prefe
     is_shareable = not preference.is_async or job.deadline_ms is None
     cache_s = call.gateway.settings.cache_s if is_shareable else 0
     key = call.idempotency_key
-    return job, choose_terms(body, job, spec, idempotency_key=key, is_promised=is_promised, cache_s=cache_s)
+    terms = choose_terms(body, job, spec, idempotency_key=key, is_promised=is_promised, cache_s=cache_s)
+    return keep_for_others(job, terms), terms
 
 
 async def wait_as_preferred(

@@ -38,7 +38,7 @@ from app.parameters import Defaults, check_size_text, complete, earliest
 from app.rendering import model_headers, result_headers, to_base64
 from app.replies import Subscription
 from app.schemas import GenerationFields, OpenAIImageRequest, OpenAIImages
-from app.sharing import choose_terms, sharing_headers
+from app.sharing import choose_terms, keep_for_others, sharing_headers
 from app.waiting import Entry, enter, given_up_if_left, wait_for_ending
 from broker.messages import Completed, ImageFormat, Job, JobEvent, Picture, Preview, SamplingParams
 from broker.terms import Terms
@@ -96,7 +96,8 @@ def order(body: OpenAIImageRequest, call: Call, spec: ModelSpec) -> tuple[Job, T
         user=body.safety_identifier or body.user,
     )
     cache_s = settings.cache_s
-    return job, choose_terms(body, job, spec, idempotency_key=key, is_promised=is_promised, cache_s=cache_s)
+    terms = choose_terms(body, job, spec, idempotency_key=key, is_promised=is_promised, cache_s=cache_s)
+    return keep_for_others(job, terms), terms
 
 
 def check_offered(body: OpenAIImageRequest) -> None:

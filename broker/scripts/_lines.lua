@@ -31,6 +31,14 @@ local function virtual_time(lane, model, owner)
   return math.max(tonumber(times[1] or '0'), tonumber(times[2] or '0'))
 end
 
+-- What was taken from the line and comes back undone costs nothing.
+local function refund(model, lane, owner, cost)
+  local times, paid = times_key(lane, model), cost / weight_of(owner)
+  if redis.call('HEXISTS', times, owner) == 0 then return end
+  redis.call('HINCRBYFLOAT', times, owner, -paid)
+  if redis.call('ZSCORE', ring_key(lane, model), owner) then redis.call('ZINCRBY', ring_key(lane, model), -paid, owner) end
+end
+
 local function push_place(model, lane, owner, place, to_front)
   local push = to_front and 'LPUSH' or 'RPUSH'
   if redis.call(push, line_key(lane, model, owner), place) == 1 then
@@ -152,7 +160,7 @@ end
 -- took, both only while there was more to do than the workers could run at once.
 local PACE_MEMORY_US = 10000000
 local PACE_PRIOR_US = 1000000     -- the tables count as so much experience
-local PACE_TTL_MS = 600000
+local PACE_TTL_MS = 60000
 
 local function get_pace(model)
   local sums = redis.call('HMGET', pace_key(model), 'work_us', 'time_us', 'busy_since_us')
@@ -174,14 +182,15 @@ local function note_busy(model, num_slots)
   set_pace(model, pace)
 end
 
-local function note_finished(job)
+-- `share` is how much of the request's work was done.
+local function note_finished(job, share)
   local pace = get_pace(job.model)
   if pace.busy_since_us == 0 then return end
   local elapsed_us = NOW_US - pace.busy_since_us
   local fading = math.exp(-elapsed_us / PACE_MEMORY_US)
-  pace.work_us = pace.work_us * fading + job.cost_us
+  pace.work_us = pace.work_us * fading + share * job.cost_us
   pace.time_us = pace.time_us * fading + elapsed_us
-  pace.busy_since_us = get_depth(job.model).queued > 0 and NOW_US or 0
+  pace.busy_since_us = NOW_US
   set_pace(job.model, pace)
 end
 

@@ -70,6 +70,10 @@ local function change_depth(job, state, change)
   local key = depth_key(job.model)
   if state == 'queued' then redis.call('HINCRBY', key, 'queued_us', change * job.cost_us) end
   if redis.call('HINCRBY', key, state, change) > 0 then return end
+  -- Nothing waits any more: from here on time says nothing of the workers' pace (see _lines).
+  if state == 'queued' and redis.call('EXISTS', pace_key(job.model)) == 1 then
+    redis.call('HSET', pace_key(job.model), 'busy_since_us', 0)
+  end
   local depth = get_depth(job.model)
   if depth.queued <= 0 and depth.running <= 0 then redis.call('DEL', key) end
 end

@@ -54,8 +54,12 @@ local function end_request(job, state, fields)
   if state == 'completed' then drop_preview(job) end
   local logged = keeps_pictures(job) and fields or {'event', fields[2]}
   append_event(job, fields, logged)
+  if job.state == 'running' then
+    -- What was stopped was half done, as far as anyone knows.
+    note_finished(job, state == 'completed' and 1 or 0.5)
+    drop_entry(job.model, job.entry_id)
+  end
   change_depth(job, job.state, -1)
-  if job.state == 'running' then drop_entry(job.model, job.entry_id) end
   set_job(job, {state = state, finished_by = job.worker, ended_ms = NOW_MS})
   if job.session ~= '' then forget_in_session(job) end
   if job.deadline_at_ms > 0 then redis.call('ZREM', deadlines_key(), job.id) end
@@ -107,11 +111,10 @@ local function add_claim(job, claim)
   set_job(job, {claims = job.claims .. '\n' .. claim})
 end
 
--- Whether nobody is left. Without a name the oldest claim goes.
+-- Whether nobody is left.
 local function give_up(job, claim)
   local left = {}
   for other in string.gmatch(job.claims, '[^\n]+') do
-    if claim == '' then claim = other end
     if other ~= claim then left[#left + 1] = other end
   end
   set_job(job, {claims = table.concat(left, '\n')})

@@ -59,7 +59,9 @@ local function promise_result(job, keep_ms, promise_ms)
   local ttl_ms = math.max(keep_ms, job.cache_ms, redis.call('PTTL', job.key))
   local member = job.id .. ':' .. job.result_bytes
   local promised_ms = tonumber(redis.call('ZSCORE', spare_key(), member) or '0')
-  redis.call('ZADD', kept_key(), NOW_MS + ttl_ms, member)
+  if redis.call('ZADD', kept_key(), NOW_MS + ttl_ms, member) == 1 then
+    redis.call('INCRBY', kept_bytes_key(), job.result_bytes)
+  end
   redis.call('ZADD', spare_key(), math.max(promised_ms, NOW_MS + promise_ms), member)
   keep_for(job, ttl_ms)
   expire_budget()
@@ -68,7 +70,6 @@ end
 local function store_result(job, num_bytes)
   purge_kept()
   set_job(job, {result_bytes = num_bytes})
-  redis.call('INCRBY', kept_bytes_key(), num_bytes)
   promise_result(job, job.keep_ms, job.promise_ms)
 end
 

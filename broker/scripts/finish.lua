@@ -18,7 +18,6 @@ if job.session ~= '' then
   end
 end
 end_request(job, state, fields)
-if state == 'completed' then note_finished(job) end
 settle_session(job.session)
 top_up(job.model)
 return 1

@@ -27,11 +27,13 @@ local models = {}
 for i = #ARGV, 2, -1 do
   local job = load_job(ARGV[i])
   if job and job.state == 'running' and job.worker == worker_id then
-    if job.flag == 'cancelled' then
-      end_request(job, 'cancelled', make_event('cancelled', job.id))
+    local ending = job.flag == 'cancelled' and 'cancelled' or is_expired(job) and 'expired' or nil
+    if ending then
+      end_request(job, ending, make_event(ending, job.id))
       settle_session(job.session)
     else
       return_to_line(job)
+      refund(job.model, job.lane, job.owner, job.cost_us)
       if job.session ~= '' then return_to_session(job) else place_request(job, true) end
     end
     models[job.model] = true

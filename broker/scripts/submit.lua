@@ -4,6 +4,20 @@ local job_json, ask = ARGV[1], cjson.decode(ARGV[2])
 local model, lane, owner = ask.model, ask.lane, ask.owner
 local deadline_at_ms = ask.deadline_ms and NOW_MS + ask.deadline_ms or 0
 
+-- Predictions are off by about a tenth (benchmarks/admission.py), and a picture that comes just too late is work in vain.
+local SAFETY = 1.15
+
+-- How long the request runs: longer, the more others share its batch.
+local function predict_run_ms()
+  local fullness = math.min(1, (get_depth(model).running + 1) / math.max(1, ask.num_slots))
+  return (ask.alone_ms + (ask.full_ms - ask.alone_ms) * fullness) / math.min(1, speed_of(model))
+end
+
+-- When a request that starts in `start_ms` is surely done.
+local function predict_finish_ms(start_ms)
+  return (start_ms + predict_run_ms()) * SAFETY
+end
+
 local function answer(outcome, job)
   local told = redis.call('HMGET', job.key, 'position', 'depth', 'start_ms')
   return {outcome, job.id, unpack(told)}
@@ -18,10 +32,14 @@ local function is_worth_joining(job)
   return is_unfinished(job) and job.flag ~= 'cancelled'
 end
 
--- A request must not end by the earlier deadline of another.
+-- A request must not end by the earlier deadline of another, nor wait beyond its own.
 local function is_in_time(job)
-  if job.state == 'completed' or job.deadline_at_ms == 0 then return true end
-  return deadline_at_ms > 0 and deadline_at_ms <= job.deadline_at_ms
+  if job.state == 'completed' then return true end
+  local ends_earlier = job.deadline_at_ms > 0 and (deadline_at_ms == 0 or deadline_at_ms > job.deadline_at_ms)
+  if ends_earlier then return false end
+  if not ask.deadline_ms or job.state == 'running' then return true end
+  local start_ms = predict_start_ms(model, position_of(job), job.cost_us, job.num_slots)
+  return predict_finish_ms(start_ms) <= ask.deadline_ms
 end
 
 local function find_repeated()
@@ -40,7 +58,12 @@ local function find_same()
   return job, job.state == 'completed' and 'cached' or 'joined'
 end
 
+-- The pointers of an unfinished request end with it; one to a finished result has the result's time of today.
 local function point(job, pointer, value)
+  if not is_unfinished(job) then
+    redis.call('SET', pointer, value, 'PX', math.max(1, redis.call('PTTL', job.key)))
+    return
+  end
   redis.call('SET', pointer, value)
   set_job(job, {pointers = job.pointers .. '\n' .. pointer})
 end
@@ -51,21 +74,18 @@ local function link_to(job)
 end
 
 local function join(job, outcome)
-  if outcome ~= 'repeated' then link_to(job) end
   if is_unfinished(job) then
     add_claim(job, ask.request_id)
     set_job(job, {keep_ms = math.max(job.keep_ms, ask.keep_ms), promise_ms = math.max(job.promise_ms, ask.promise_ms)})
   else
     promise_result(job, ask.keep_ms, ask.promise_ms)
   end
+  if outcome ~= 'repeated' then link_to(job) end
   return answer(outcome, job)
 end
 
 
 -- Admission
-
--- Predictions are off by about a tenth (benchmarks/admission.py), and a picture that comes just too late is work in vain.
-local SAFETY = 1.15
 local RETURN_SHARE = 0.25        -- who finds the queue full comes back when this part of it has been worked off
 local MAX_SPREAD_MS = 60000
 
@@ -89,12 +109,6 @@ local function refuse(num_replaced)
     if kept_bytes >= ask.max_result_bytes then return {'store_full', kept_bytes, time_to_room_ms(ask.max_result_bytes)} end
   end
   return nil
-end
-
--- How long the request runs: longer, the more others share its batch.
-local function predict_run_ms()
-  local fullness = math.min(1, (get_depth(model).running + 1) / math.max(1, ask.num_slots))
-  return (ask.alone_ms + (ask.full_ms - ask.alone_ms) * fullness) / math.min(1, speed_of(model))
 end
 
 local function predict()
@@ -151,7 +165,7 @@ if refusal then return refusal end
 local position, start_ms = predict()
 -- A session's newest takes over the place of an older one, so its wait is not that of a new place.
 local is_alone = not session or (session.place == '' and session.running == '')
-local finish_ms = (start_ms + predict_run_ms()) * SAFETY
+local finish_ms = predict_finish_ms(start_ms)
 if ask.deadline_ms and is_alone and finish_ms > ask.deadline_ms then
   return {'late', math.ceil(finish_ms), tell_when(finish_ms - ask.deadline_ms)}
 end

@@ -118,6 +118,31 @@ async def test_asking_again_asynchronously_finds_the_result_at_once(shared: Api)
     assert (again.status_code, again.json()["state"]) == (200, "completed")
 
 
+async def test_who_ran_into_its_deadline_wants_it_no_more(shared: Api) -> None:
+    """By OpenAI's route: then the other one leaves, and nobody is left."""
+    shared.painter.gate.clear()
+    body = APPLE | {"output_format": "png", "output_quality": 100}
+    leaves = asyncio.create_task(post(shared, body))
+    async with asyncio.timeout(10):
+        while not shared.painter.deliveries:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    late = await post(shared, APPLE | {"deadline_ms": 400}, OPENAI)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+    leaves.cancel()
+    async with asyncio.timeout(10):
+        while not shared.painter.endings:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert len(shared.painter.deliveries) == 1
+
+
+async def test_a_shared_result_outlives_its_end_even_where_nothing_is_kept(start_api: StartApi) -> None:
+    async with start_api(cache_s=60, keep_sync_s=0) as api:
+        await post(api, APPLE)
+        again = await post(api, APPLE)
+        assert again.headers["Cache-Status"] == "fewstep; hit"
+        assert again.json()["images"][0]["b64_json"]
+
+
 # Idempotency keys
 
 

@@ -112,3 +112,21 @@ async def test_workers_slower_than_their_tables_are_seen_to_be(broker: RedisBrok
     after = (await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)).start_ms
     assert before == 61 * 10
     assert after > 22 * 10 * 1.7
+
+
+async def test_idle_time_says_nothing_of_the_pace(broker: RedisBroker) -> None:
+    """A queue that empties without a picture, by people who leave, must not make the workers look slow for ever."""
+    await fill(broker, num_running=10, num_queued=0)
+    for i in range(5):
+        await broker.submit(api_job(f"left-{i}"), NO_LIMITS, TERMS)
+    for i in range(5):
+        await broker.cancel(f"left-{i}")
+    await asyncio.sleep(0.5)
+    await broker.submit(api_job("r"), NO_LIMITS, TERMS)
+    finished: list[str] = []
+    while "r" not in finished:
+        for delivery in await receive_now(broker, "next", 10):
+            finished.append(delivery.job.request_id)
+            await broker.finish("next", completed(delivery.job.request_id))
+    submitted = await broker.submit(api_job(owner="other"), NO_LIMITS, TERMS)
+    assert submitted.start_ms <= (submitted.position + 1) * 10 * 1.2

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from broker.errors import IdempotencyConflict, RequestNotFound, ResultStoreFull
+from broker.errors import IdempotencyConflict, RequestNotFound, ResultStoreFull, TooLate
 from broker.messages import Cancelled
 from broker.redis_broker import RedisBroker
-from broker.terms import Limits, Submitted, Terms
+from broker.terms import Forecast, Limits, Submitted, Terms
 from tests.broker.helpers import NO_LIMITS, api_job, assert_nothing_left, completed, event_types, receive_now
 
 KEYED = Terms(idempotency_key="k", fingerprint="f")
@@ -98,11 +98,32 @@ async def test_a_request_is_cancelled_with_its_last_caller(broker: RedisBroker) 
     assert await event_types(broker, "r") == ["accepted", "cancelled"]
 
 
-async def test_a_cancellation_without_a_name_gives_up_one_claim(broker: RedisBroker) -> None:
+async def test_a_cancellation_without_a_claim_is_for_all(broker: RedisBroker) -> None:
     await submit(broker, "r", CACHED)
     await submit(broker, "second", CACHED)
-    assert await broker.cancel("r") == "queued"
     assert await broker.cancel("r") == "cancelled"
+
+
+async def test_keys_on_a_finished_result_end_with_its_time(broker: RedisBroker, redis: Redis, prefix: str) -> None:
+    """They are no part of the request's record, which would grow with each."""
+    await submit(broker, "r", CACHED)
+    await finish_next(broker)
+    for i in range(20):
+        await submit(broker, f"hit-{i}", replace(CACHED, idempotency_key=f"k{i}", fingerprint="f"))
+        assert 0 < await redis.pttl(f"{prefix}:idempotency:ann:k{i}") <= 60_000
+    pointers: Any = await redis.hget(f"{prefix}:job:r", "pointers")
+    assert pointers.decode().split() == [f"{prefix}:same:apple"]
+    assert (await submit(broker, "retry", replace(KEYED, idempotency_key="k3"))).origin == "repeated"
+
+
+async def test_nobody_joins_a_request_that_comes_too_late_for_it(broker: RedisBroker) -> None:
+    forecast = Forecast(work_ms=10, alone_ms=100, full_ms=300, num_slots=10)
+    for i in range(60):
+        await broker.submit(api_job(f"queued-{i}"), NO_LIMITS, Terms(forecast=forecast))
+    await submit(broker, "r", replace(CACHED, forecast=forecast))
+    assert (await submit(broker, "patient", replace(CACHED, forecast=forecast), deadline_ms=9000)).origin == "joined"
+    with pytest.raises(TooLate):
+        await submit(broker, "hasty", replace(CACHED, forecast=forecast), deadline_ms=400)
 
 
 @pytest.mark.parametrize(

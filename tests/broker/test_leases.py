@@ -18,8 +18,10 @@ from redis.asyncio import Redis
 from broker.messages import Abort, Failed, WorkerInfo
 from broker.redis_broker import RedisBroker
 from broker.renewal import LeaseRenewer
+from broker.terms import Forecast, Terms
 from tests.broker.helpers import (
     MODEL,
+    NO_LIMITS,
     api_job,
     assert_nothing_left,
     completed,
@@ -217,6 +219,7 @@ WORKER = """
 import asyncio, sys
 from broker.redis_broker import RedisBroker
 from broker.renewal import LeaseRenewer
+from broker.terms import Forecast, Terms
 from tests.broker.helpers import MODEL, completed
 
 async def main(url, prefix, worker_id, lease_s, work_s):
@@ -310,3 +313,29 @@ async def test_a_worker_of_another_version_is_left_out(broker: RedisBroker) -> N
     await broker.register(known, ttl_s=5)
     await broker._scripts.register("strange", b'{"worker_id": "strange", "warm_models": [{"step_ms": {}}]}', 5)
     assert await broker.workers() == [known]
+
+
+async def test_what_is_handed_back_was_not_charged(broker: RedisBroker) -> None:
+    """A restart of a worker doesn't send its costly requests to the end of the fair order."""
+    await submit_all(broker, *(api_job(f"x{i}", owner="x") for i in range(4)))  # fill the ready stream
+    costly, cheap = (Terms(forecast=Forecast(work_ms=cost)) for cost in (1000, 100))
+    for i in range(2):
+        await broker.submit(api_job(f"ann-{i}", owner="ann"), NO_LIMITS, costly)
+    for i in range(40):
+        await broker.submit(api_job(f"bob-{i}", owner="bob"), NO_LIMITS, cheap)
+    while "ann-0" not in (taken := ids(await receive_now(broker, "leaves"))):
+        for request_id in taken:
+            await broker.finish("leaves", completed(request_id))
+    await broker.hand_back("leaves", ["ann-0"])
+    order = await run_all(broker)
+    assert order.index("ann-0") <= 6  # what was ready, and it
+
+
+async def test_work_past_its_deadline_is_not_handed_back(broker: RedisBroker) -> None:
+    await broker.submit(api_job("r", deadline_ms=60), NO_LIMITS, Terms(forecast=Forecast(num_slots=9)))
+    assert ids(await receive_now(broker, "leaves")) == ["r"]
+    await asyncio.sleep(0.08)
+    await submit_all(broker, api_job("other", model="other"))  # every submit looks for expired work
+    await broker.hand_back("leaves", ["r"])
+    assert (await broker.status("r")).state == "expired"
+    assert (await broker.depths([MODEL]))[MODEL] == {"queued": 0, "running": 0}

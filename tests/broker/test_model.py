@@ -62,7 +62,6 @@ class Request:
     attempt: int = 0
     is_flagged: bool = False
     is_overdue: bool = False
-    num_claims: int = 1
 
     @property
     def can_be_joined(self) -> bool:
@@ -124,7 +123,6 @@ class QueueMachine(RuleBasedStateMachine):
         job = api_job(request.request_id, model=model, owner=owner, deadline_ms=deadline_ms)
         submitted = self.run(self.broker.submit(job, NO_LIMITS, replace(IN_TIME, cache_key=cache_key)))
         if twin and twin.can_be_joined:
-            twin.num_claims += twin.state != "completed"
             assert (submitted.request_id, submitted.origin != "new") == (twin.request_id, True)
             return
         assert (submitted.request_id, submitted.origin) == (request.request_id, "new")
@@ -164,10 +162,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(list(self.requests.values())))
-        if request.state in ("queued", "running"):
-            request.num_claims = max(0, request.num_claims - 1)
-        if request.num_claims == 0:
-            self.cancel_in_model(request)
+        self.cancel_in_model(request)
         assert self.run(self.broker.cancel(request.request_id)) == request.state
 
     @rule(session=st.sampled_from("xyz"))
