@@ -119,8 +119,9 @@ def check_lane(lane: Lane, caller: Caller) -> None:
 
 
 def check_deadline(deadline_ms: int | None, forecast: Forecast) -> None:
-    if deadline_ms is not None and deadline_ms < forecast.alone_ms:
-        message = f"deadline_ms: {deadline_ms} is too short: this takes {math.ceil(forecast.alone_ms)} ms at best"
+    """Generously: the costs may have been measured while others used the machine, too."""
+    if deadline_ms is not None and deadline_ms < forecast.alone_ms / 2:
+        message = f"deadline_ms: {deadline_ms} is too short: this takes about {math.ceil(forecast.alone_ms)} ms"
         raise DeadlineTooShort(message, param="deadline_ms")
 
 
