@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import BaseModel
 
+from app.http.negotiation import FORMATS
 from app.openapi.words import HEADERS, TEXT, Json
 from app.schemas import CompletedImage, Generation, PartialImage, PreviewData, StreamError
 
@@ -19,7 +20,6 @@ RESULT_HEADERS = (
     "X-Fewstep-Generation",
 )
 SHARING_HEADERS = ("Cache-Status", "Idempotent-Replayed")
-RATE_HEADERS = ("X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset", "RateLimit-Policy", "RateLimit")
 MODEL_HEADERS = ("Deprecation", "Sunset")
 
 
@@ -35,7 +35,7 @@ def _header(name: str, is_required: bool) -> Json:
 
 def image_types() -> Json:
     """The content of an answer that is the bytes of a picture."""
-    return {f"image/{format}": {"schema": {"type": "string", "format": "binary"}} for format in ("png", "jpeg", "webp")}
+    return {f"image/{format}": {"schema": {"type": "string", "format": "binary"}} for format in FORMATS}
 
 
 def event_stream(events: Mapping[str, type[BaseModel]], *, has_ids: bool) -> Json:

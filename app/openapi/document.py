@@ -19,6 +19,7 @@ from fastapi.routing import APIRoute, RouteContext, iter_route_contexts
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from app.access.rates import RATE_HEADERS
 from app.errors import (
     BY_STATUS,
     TABLE,
@@ -34,7 +35,7 @@ from app.errors import (
     noted_rows,
 )
 from app.http.negotiation import FORMATS
-from app.openapi.declarations import GENERATION_EVENTS, IMAGE_EVENTS, RATE_HEADERS, REF, show_headers
+from app.openapi.declarations import GENERATION_EVENTS, IMAGE_EVENTS, REF, show_headers
 from app.openapi.words import (
     ACCEPT,
     API_KEY,
