@@ -73,7 +73,7 @@ def serve(
     try:
         settings = open_loopback(GatewaySettings.load(host=host, port=port, default_model=model))
         check_exposure(settings)
-        get_spec(load_catalog(settings.catalog), model)
+        get_spec(load_catalog(settings.catalog, settings.extra_catalog), model)
         _check_port(host, port)
         with resolve(data_dir=data_dir) as redis:
             asyncio.run(_check_redis(redis.url))
@@ -227,7 +227,7 @@ def generate(
     }
     try:
         settings = WorkerSettings.load(models=model)
-        spec = get_spec(load_catalog(settings.catalog), model)
+        spec = get_spec(load_catalog(settings.catalog, settings.extra_catalog), model)
         params = complete(GenerationFields.model_validate(fields), spec, Defaults(output_format="png"))
         warnings = find_warnings(params, spec)
         job = Job("cli", spec.name, params, "api", "cli", gateway_id=None, keep_s=0, warnings=warnings)
@@ -279,7 +279,8 @@ def list_models() -> None:
 
     table = Table("name", "steps", "sizes", "licence", "description", box=None, pad_edge=False)
     try:
-        catalog = load_catalog(WorkerSettings.load().catalog)
+        settings = WorkerSettings.load()
+        catalog = load_catalog(settings.catalog, settings.extra_catalog)
     except (SettingsError, CatalogError) as error:
         _fail(str(error))
     for spec in catalog.values():
@@ -370,7 +371,8 @@ def _check_models(names: list[str]) -> list[str]:
     from app.settings import GatewaySettings
     from models.catalog import get_spec, load_catalog
 
-    catalog = load_catalog(GatewaySettings.load().catalog)
+    settings = GatewaySettings.load()
+    catalog = load_catalog(settings.catalog, settings.extra_catalog)
     return [get_spec(catalog, name).name for name in names]
 
 
@@ -401,7 +403,7 @@ def _load_progress(settings: WorkerSettings) -> Iterator[Report]:
     from workers.engine.calibration import num_warm_ups
     from workers.worker import place
 
-    catalog, (device, _) = load_catalog(settings.catalog), place(settings)
+    catalog, (device, _) = load_catalog(settings.catalog, settings.extra_catalog), place(settings)
     total = sum(1 + num_warm_ups(get_spec(catalog, name), device) for name in settings.model_names)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

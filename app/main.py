@@ -70,7 +70,7 @@ def make_setup(settings: GatewaySettings) -> Setup:
     """Raises SettingsError, or CatalogError where the catalog can't be read."""
     check_exposure(settings)
     check_room(settings)
-    catalog = load_catalog(settings.catalog)
+    catalog = load_catalog(settings.catalog, settings.extra_catalog)
     check_default_model(settings, catalog)
     metrics = Metrics()
     policy = PromptPolicy(load_prompt_check(settings.prompt_check), settings.prompt_check_timeout_s, metrics)

@@ -11,6 +11,11 @@ from broker.messages import MAX_SEED, Decoder, ImageFormat, LoraWeight, Sampling
 from models.catalog import ModelSpec, Size
 
 DEFAULT_QUALITY = 85
+WHY_GUIDANCE = {
+    "classifier-free": "few-step models need no guidance, and oversaturate with more than this",
+    "embedded": "the scale is an input of its network, which was trained with these",
+    "none": "it was distilled without guidance",
+}
 
 
 def draw_seed(num_images: int = 1) -> int:
@@ -72,9 +77,14 @@ def _preview_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...
 def _negative_prompt_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
     if not params.negative_prompt or spec.is_guided(params.guidance_scale):
         return ()
-    if spec.guidance_embedded:
-        return (f"negative_prompt has no effect: {spec.name} reads the guidance scale itself",)
-    return (f"negative_prompt has no effect: guidance_scale is {params.guidance_scale:g} and must be above 1",)
+    match spec.guidance:
+        case "classifier-free":
+            why = f"guidance_scale is {params.guidance_scale:g} and must be above 1"
+        case "embedded":
+            why = f"{spec.name} reads the guidance scale itself"
+        case "none":
+            why = f"{spec.name} was distilled without guidance"
+    return (f"negative_prompt has no effect: {why}",)
 
 
 def _check_prompt(prompt: str, spec: ModelSpec) -> str:
@@ -121,7 +131,9 @@ def check_steps(param: str, steps: int | None, spec: ModelSpec) -> int:
 def _check_guidance(guidance_scale: float | None, spec: ModelSpec) -> float:
     allowed = spec.guidance_scale
     if guidance_scale is not None and not allowed.min <= guidance_scale <= allowed.max:
-        raise invalid("guidance_scale", guidance_scale, f"{spec.name} allows {allowed.min:g} to {allowed.max:g}")
+        range_text = f"{allowed.min:g}" if allowed.min == allowed.max else f"{allowed.min:g} to {allowed.max:g}"
+        why = WHY_GUIDANCE[spec.guidance]
+        raise invalid("guidance_scale", guidance_scale, f"{spec.name} allows {range_text}: {why}")
     return allowed.default if guidance_scale is None else float(guidance_scale)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "FEWSTEP_"
@@ -21,7 +22,13 @@ class SharedSettings(BaseSettings):
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_prefix: str = Field(default="fewstep", min_length=1)
+    extra_catalog: Path | None = Field(default=None, description="models and LoRAs beside those that ship")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("extra_catalog", mode="before")
+    @classmethod
+    def _no_name_is_no_file(cls, value: object) -> object:
+        return None if value == "" else value
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:

@@ -17,7 +17,8 @@ RUN pip install -c constraints.txt \
 
 COPY pyproject.toml README.md LICENSE cli.py supervisor.py ./
 COPY broker/ broker/
-COPY models/__init__.py models/catalog.py models/catalog.toml models/
+COPY models/__init__.py models/catalog.toml models/
+COPY models/catalog models/catalog
 COPY app/ app/
 RUN pip install --no-deps .
 

@@ -95,8 +95,7 @@ def _load_parts(spec: ModelSpec, dtype: torch.dtype) -> Any:
 def _check_guidance(spec: ModelSpec, unet: Any) -> None:
     width = unet.config.time_cond_proj_dim
     if (width is not None) != spec.guidance_embedded:
-        told = str(spec.guidance_embedded).lower()
-        raise LoadError(f"{spec.name}: guidance_embedded is {told}, but time_cond_proj_dim of the UNet is {width}")
+        raise LoadError(f"{spec.name}: guidance is {spec.guidance!r}, but time_cond_proj_dim of the UNet is {width}")
 
 
 def default_device() -> torch.device:

@@ -70,7 +70,7 @@ class FewStepPipeline(ABC):
     ) -> Tensor:
         """The network's output "b c h w" for latents "b c h w" at timesteps "b", one conditioning per row.
 
-        `guidance_scales` "b", on the CPU, is read by networks that embed it (`spec.guidance_embedded`) alone.
+        `guidance_scales` "b", on the CPU, is read by networks that embed it (`spec.guidance` "embedded") alone.
         """
 
     @abstractmethod

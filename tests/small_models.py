@@ -206,7 +206,7 @@ def small_lcm_spec(root: Path) -> ModelSpec:
     if not (root / "lcm").exists():
         make_sd_folder(root / "lcm", time_cond_proj_dim=32)
     guidance = Range(default=8.5, min=3, max=13)
-    return small_spec(root, source=str(root / "lcm"), lora=None, guidance_scale=guidance, guidance_embedded=True)
+    return small_spec(root, source=str(root / "lcm"), lora=None, guidance_scale=guidance, guidance="embedded")
 
 
 def small_sdxl_spec(root: Path, **changes: Any) -> ModelSpec:

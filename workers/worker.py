@@ -63,7 +63,7 @@ class Worker:
         self.worker_id = new_worker_id()
         self.metrics = WorkerMetrics()
         self.state = WorkerState.NEW
-        catalog = load_catalog(settings.catalog)
+        catalog = load_catalog(settings.catalog, settings.extra_catalog)
         self._specs = {name: get_spec(catalog, name) for name in settings.model_names}
         self._device, self._dtype = place(settings)
         self._report_to = report

@@ -46,6 +46,13 @@ def test_defaults(tmp_path: Path) -> None:
         ('default_scheduler = "lcm"', 'default_scheduler = "ddim"', r"default_scheduler 'ddim' is none of lcm"),
         ("warm_sizes = [[64, 64]]", "warm_sizes = [[8, 8]]", r"warm_sizes \[\(8, 8\)\] are not in sizes"),
         ("[small]", "small = 3\n[other]", "'small' must be a table"),
+        ("[small]", "loras = 3\n[small]", "'loras' must hold one table per LoRA"),
+        ('license = "MIT"', 'license = "MIT"\nloras = ["x"]', r"\[small\] loras: said by the names of tables"),
+        ('"LCMScheduler"', '"HeunDiscreteScheduler"', r"schedulers.lcm.class_name: .*'LCMScheduler'.*got 'Heun"),
+        ('license = "MIT"', 'license = "MIT"\nguidance = "none"', "guidance is none, so max can be at most 1, got 2"),
+        ('"somewhere"', '"some.safetensors"', "config: a single file needs it"),
+        ('license = "MIT"', 'license = "MIT"\nconfig = "x"', "config: a single file needs it"),
+        ('license = "MIT"', 'license = "MIT"\nclasses = "imagenet"', "classes: the consistency family needs it"),
         ("[small]", "[small", "catalog.toml"),
     ],
 )
@@ -58,6 +65,50 @@ def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, message: s
 def test_rows_of_one_request_fit_its_batch(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="max_num_images 5 with guidance needs 10 rows, max_batch_size is 8"):
         load_catalog(write(tmp_path, MINIMAL.replace('"MIT"', '"MIT"\nmax_num_images = 5')))
+
+
+LORA = """
+[loras.ink]
+description = "d"
+source = "elsewhere"
+license = "MIT"
+models = ["small"]
+"""
+
+
+def test_a_style_lora_belongs_to_the_models_that_it_names(tmp_path: Path) -> None:
+    other = MINIMAL.replace("[small]", "[other]")
+    catalog = load_catalog(write(tmp_path, MINIMAL + other + LORA))
+    assert list(catalog["small"].loras) == ["ink"]
+    assert catalog["other"].loras == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('["small"]', '["big"]', r"\[loras.ink\] models: unknown model 'big', there are small"),
+        ('license = "MIT"', "", r"\[loras.ink\] license: Field required"),
+        ('"MIT"', '"MIT"\nwieght = 3', r"\[loras.ink\] wieght: Extra inputs are not permitted; known are name, "),
+        ('"MIT"', '"MIT"\nweight_name = "x.bin"', r"\[loras.ink\] weight_name: .*safetensors.*got 'x.bin'"),
+    ],
+)
+def test_errors_of_a_style_lora_name_file_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(CatalogError, match=message) as caught:
+        load_catalog(write(tmp_path, MINIMAL + LORA.replace(old, new)))
+    assert "catalog.toml" in str(caught.value)
+
+
+def test_a_users_own_file_adds_and_replaces(tmp_path: Path) -> None:
+    base = write(tmp_path, MINIMAL)
+    extra = tmp_path / "own.toml"
+    extra.write_text(MINIMAL.replace("[small]", "[mine]") + MINIMAL.replace('"MIT"', '"BSD"') + LORA, encoding="utf-8")
+    catalog = load_catalog(base, extra)
+    assert list(catalog) == ["small", "mine"]
+    assert catalog["small"].license == "BSD"
+    assert list(catalog["small"].loras) == ["ink"]
+    extra.write_text("[mine]", encoding="utf-8")
+    with pytest.raises(CatalogError, match=r"own\.toml: \[mine\] description: Field required"):
+        load_catalog(base, extra)
 
 
 def test_unknown_model_lists_the_known(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""The catalog of servable models: data only, no torch, so the gateway can read it too.
+
+One table per model in `models/catalog.toml`; adding a model whose family exists is adding a table. `specs.py` says what
+a table may hold, `reading.py` how files become specs.
+"""
+
+from models.catalog.reading import CATALOG_PATH, CatalogError, UnknownModelError, get_spec, load_catalog
+from models.catalog.specs import (
+    BUNDLED_PATH,
+    LoraSpec,
+    ModelSpec,
+    Range,
+    SchedulerSpec,
+    Size,
+    StepRange,
+    StyleLora,
+    resolve_source,
+)
+
+__all__ = [
+    "BUNDLED_PATH",
+    "CATALOG_PATH",
+    "CatalogError",
+    "LoraSpec",
+    "ModelSpec",
+    "Range",
+    "SchedulerSpec",
+    "Size",
+    "StepRange",
+    "StyleLora",
+    "UnknownModelError",
+    "get_spec",
+    "load_catalog",
+    "resolve_source",
+]

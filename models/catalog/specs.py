@@ -1,0 +1,198 @@
+"""What a table of the catalog may hold."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+BUNDLED_PATH = Path(__file__).parent.with_name("bundled")
+
+Size = tuple[int, int]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SchedulerClass = Literal[
+    "LCMScheduler",
+    "TCDScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+]
+
+
+class SchedulerSpec(_Entry):
+    """A diffusers scheduler class that asks the network once a step, its changes to the folder's scheduler config, and
+    extra arguments of `step`, such as `eta`."""
+
+    class_name: SchedulerClass
+    config: dict[str, Any] = {}
+    step: dict[str, float] = {}
+
+
+class LoraSpec(_Entry):
+    """A LoRA fused into the weights at load, as the LCM-LoRA is. `source` as in ModelSpec."""
+
+    source: str
+    weight_name: str = Field("pytorch_lora_weights.safetensors", pattern=r"\.safetensors$")
+    scale: float = 1.0
+
+
+class Range(_Entry):
+    default: float
+    min: float
+    max: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.default <= self.max:
+            raise ValueError(f"min <= default <= max is needed, got {self.min}, {self.default}, {self.max}")
+        return self
+
+
+class StyleLora(_Entry):
+    """A LoRA that a request may ask for, with a weight. `source` as in ModelSpec, `models` the entries it was made for.
+
+    `trigger` are the words that a prompt should have for it, if any.
+    """
+
+    name: str
+    description: str
+    source: str
+    weight_name: str = Field("pytorch_lora_weights.safetensors", pattern=r"\.safetensors$")
+    models: list[str] = Field(min_length=1)
+    weight: Range = Range(default=1.0, min=0.0, max=1.5)
+    trigger: str = ""
+    license: str
+    license_note: str = ""
+
+
+class StepRange(_Entry):
+    default: int = Field(ge=1)
+    min: int = Field(ge=1)
+    max: int = Field(ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.default <= self.max:
+            raise ValueError(f"min <= default <= max is needed, got {self.min}, {self.default}, {self.max}")
+        return self
+
+
+class ModelSpec(_Entry):
+    """Everything that serving one model needs to know.
+
+    A `source` is "bundled:<folder>" (ships with this repository), a local folder, a repository on the Hugging Face Hub,
+    or a local .safetensors file with all networks in one, which is read by the configs and tokenizer of `config`.
+    `unet`, `vae` and `tiny_vae` are sources of networks to take instead of the folder's, `variant` the kind of weight
+    files to take where there is one. `dtype` is what a GPU computes in, `memory_gib` what weights and the largest batch
+    take there. `safety_checker` is the source whose folders `safety_checker` and `feature_extractor` judge every
+    finished picture; with it there are no previews, which nothing would judge.
+
+    `guidance` says what guidance scales mean. "classifier-free": above 1 they double the rows. "embedded": the network
+    of a full LCM reads them as an input (Luo et al. 2023, section 4.3). "none": the model was distilled without.
+    `classes` is for a class-conditional model, whose prompts are class names: "imagenet", or a text file of its own.
+
+    `sizes` are the allowed (width, height), the first one the default; `warm_sizes` are proven before a worker is
+    ready. `max_prompt_chars` bounds the text, the tokenizer's own limit gives a warning. `check_prompts` is whether the
+    gateway's prompt check, where one is set, sees the model's prompts. `loras` may be asked for by requests; each has a
+    table of its own. `tested_with` is what this project's own tests and benchmarks loaded.
+    """
+
+    name: str
+    description: str
+    family: Literal["sd", "sdxl", "consistency"]
+    source: str
+    license: str
+    license_note: str = ""
+    license_url: str = ""
+    tested_with: Literal["published weights", "random weights", "nothing"] = "nothing"
+    revision: str | None = None
+    variant: str | None = None
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    memory_gib: float | None = Field(default=None, gt=0)
+    config: str | None = None
+    unet: str | None = None
+    vae: str | None = None
+    tiny_vae: str | None = None
+    safety_checker: str | None = None
+    lora: LoraSpec | None = None
+    loras: dict[str, StyleLora] = {}
+    classes: str | None = None
+    schedulers: dict[str, SchedulerSpec] = Field(min_length=1)
+    default_scheduler: str
+    num_inference_steps: StepRange
+    guidance: Literal["classifier-free", "embedded", "none"] = "classifier-free"
+    guidance_scale: Range
+    sizes: list[Size] = Field(min_length=1)
+    warm_sizes: list[Size] = Field(min_length=1)
+    max_batch_size: int = Field(default=8, ge=1)
+    max_num_images: int = Field(default=4, ge=1)
+    max_prompt_chars: int = Field(default=2000, ge=1)
+    check_prompts: bool = True
+    example_prompts: list[str] = []
+    deprecated: date | None = None
+    sunset: date | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.default_scheduler not in self.schedulers:
+            raise ValueError(f"default_scheduler {self.default_scheduler!r} is none of {', '.join(self.schedulers)}")
+        if missing := [size for size in self.warm_sizes if size not in self.sizes]:
+            raise ValueError(f"warm_sizes {missing} are not in sizes")
+        if self.warm_sizes[0] != self.sizes[0]:
+            raise ValueError(f"warm_sizes must begin with the default size {self.sizes[0]}, got {self.warm_sizes[0]}")
+        if self.guidance == "none" and self.guidance_scale.max > 1:
+            raise ValueError(
+                f"guidance_scale: guidance is none, so max can be at most 1, got {self.guidance_scale.max}"
+            )
+        if self.is_single_file != (self.config is not None):
+            raise ValueError(f"config: a single file needs it and nothing else may have it; source is {self.source!r}")
+        if (self.family == "consistency") != (self.classes is not None):
+            raise ValueError(f"classes: the consistency family needs it and no other has it; family is {self.family}")
+        num_rows = self.num_rows(self.max_num_images, self.guidance_scale.max)
+        if num_rows > self.max_batch_size:
+            raise ValueError(
+                f"max_num_images {self.max_num_images} with guidance needs {num_rows} rows, "
+                f"max_batch_size is {self.max_batch_size}"
+            )
+        return self
+
+    @property
+    def default_size(self) -> Size:
+        return self.sizes[0]
+
+    @property
+    def is_single_file(self) -> bool:
+        return self.source.endswith(".safetensors")
+
+    def is_guided(self, guidance_scale: float) -> bool:
+        """Whether classifier-free guidance runs, which a scale up to 1 turns off."""
+        return self.guidance == "classifier-free" and guidance_scale > 1
+
+    @property
+    def guidance_embedded(self) -> bool:
+        return self.guidance == "embedded"
+
+    def num_rows(self, num_images: int, guidance_scale: float) -> int:
+        """How many rows of a batch a request takes: guidance doubles them."""
+        return num_images * (2 if self.is_guided(guidance_scale) else 1)
+
+    @property
+    def public_revision(self) -> str:
+        """What responses call `model_revision`."""
+        return self.revision or "unpinned"
+
+
+def resolve_source(source: str) -> str:
+    """A folder path or a Hub repository id that diffusers' `from_pretrained` takes."""
+    kind, _, folder = source.partition(":")
+    return str(BUNDLED_PATH / folder) if kind == "bundled" else source
