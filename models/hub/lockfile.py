@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -78,6 +77,6 @@ def write_lock(path: Path, lock: Lock) -> None:
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
+        new.replace(path)
     except OSError as error:
         raise SourceError(f"can't write the lock file {path}: {error.strerror}") from error

@@ -1,6 +1,6 @@
-"""Which files of a repository an entry of the catalog needs, and nothing more. Names in, names out: no disk, no network.
+"""Which files of a repository an entry of the catalog needs, and nothing more.
 
-Safetensors only; the entry's variant where a network has one, else the plain file.
+Names in, names out: no disk, no network. Safetensors only; the entry's variant where a network has one, else the plain file.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ def need_of(spec: ModelSpec, part: str) -> Need:
     """Revision and variant are those of the entry's own source; other networks share its variant."""
     if part == "source":
         replaced = {name for name in ("unet", "vae") if getattr(spec, name)} | {"safety_checker", "image_encoder"}
-        return Need(
-            spec.name, part, spec.source, "pipeline", spec.revision, spec.variant, replaced=frozenset(replaced)
-        )
+        return Need(spec.name, part, spec.source, "pipeline", spec.revision, spec.variant, replaced=frozenset(replaced))
     if part == "lora" or part.startswith("loras."):
         lora = spec.lora if part == "lora" else spec.loras[part.removeprefix("loras.")]
         assert lora is not None
