@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from commands.console import console, hush_libraries, say
 from models.catalog import ModelSpec
 from models.loading import LoadError
-from workers.checkup import Outcome, run_trial, trials_of
+from workers.checkup import Outcome, run_trial, trials_of, warm_up
 from workers.settings import WorkerSettings
 from workers.standalone import load_engine
 
@@ -35,6 +35,7 @@ def _check(spec: ModelSpec, settings: WorkerSettings) -> Iterator[str]:
         yield str(error)
         return
     with console.status(f"drawing with {spec.name}"):
+        warm_up(engine, spec)
         outcomes = [run_trial(engine, spec, trial) for trial in trials_of(spec)]
     Console().print(_table(spec, outcomes))
     for outcome in outcomes:

@@ -141,7 +141,7 @@ def check(names: Names) -> None:
 
 @models_app.command()
 def remove(names: Names) -> None:
-    """Deletes from the Hub's cache what no other entry of the catalog needs.
+    """Deletes from the Hub's cache what no other entry needs that is here.
 
     Folders of your own and the bundled models stay.
 
@@ -149,10 +149,10 @@ def remove(names: Names) -> None:
     """
     from models.hub.inventory import remove as remove_files
 
-    _, catalog, specs = _load(names)
+    settings, catalog, specs = _load(names)
     others = [spec for spec in catalog.values() if spec.name not in names]
     with _source_errors():
-        num_bytes = remove_files(specs, others)
+        num_bytes = remove_files(specs, others, settings.lock_file)
     for spec in specs:
         _say_what_stays(spec)
     say(f"{format_bytes(num_bytes)} freed")
