@@ -15,13 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from models.catalog import LoraSpec, ModelSpec, resolve_source
+from models.errors import LoadError
 from models.families.latent_diffusion import LatentDiffusion
 from models.families.sd import StableDiffusion
 from models.families.sdxl import StableDiffusionXL
+from models.loras import MAX_RESIDENT
 from models.pipeline import FewStepPipeline
 from models.rows import keep_kernels
 
 logger = logging.getLogger(__name__)
+
+__all__ = ["LoadError", "default_device", "default_dtype", "load_diffusers", "load_pipeline", "settle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +50,18 @@ FAMILIES = {
 }
 
 
-class LoadError(Exception):
-    """A model that can't be loaded: the message names the model, the source or file, and the reason."""
-
-
 def load_pipeline(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, cuda_graphs: bool = False
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    cuda_graphs: bool = False,
+    max_loras: int = MAX_RESIDENT,
 ) -> FewStepPipeline:
-    """The model of a catalog entry, ready to compute on `device` in `dtype`. Raises LoadError."""
+    """The model of a catalog entry, ready to compute on `device` in `dtype`. Raises LoadError.
+
+    Of its style LoRAs `max_loras` stay in memory.
+    """
     keep_kernels()
     pipe = _load_parts(spec, dtype)
     try:
@@ -66,6 +74,7 @@ def load_pipeline(
             safety=_load_safety(spec, device, dtype),
             scheduler_config=dict(pipe.scheduler.config),
             cuda_graphs=cuda_graphs,
+            max_loras=max_loras,
         )
     except torch.OutOfMemoryError as error:
         raise LoadError(f"{spec.name}: {device} has too little memory for it") from error

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.catalog import ModelSpec
+from models.loras import StyleLoras
 from models.schedules import ScheduleFactory
 
 
@@ -35,7 +36,8 @@ class FewStepPipeline(ABC):
     """The parts of one loaded model behind one meaning.
 
     All latents that go in or come out are float32 on `device`, whatever `dtype` the networks compute in, so that noise
-    and schedule arithmetic are the same everywhere.
+    and schedule arithmetic are the same everywhere. `loras` are the model's style LoRAs; not every family has
+    them.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class FewStepPipeline(ABC):
         self.schedules = {
             name: ScheduleFactory(scheduler, scheduler_config) for name, scheduler in spec.schedulers.items()
         }
+        self.loras = StyleLoras(spec.name, {}, device)
 
     @abstractmethod
     def expect_rows(self, num_rows: int) -> None:

@@ -10,6 +10,9 @@ class Request:
     group: str = "g"
     num_rows: int = 1
     due_s: float = field(default_factory=count().__next__)
+    model: str = "m"
+    loras: str = ""
+    is_ready: bool = True
 
 
 def make_scheduler(max_rows: int = 4) -> Scheduler[Request]:
