@@ -39,18 +39,17 @@ def write_lora(
 ) -> Path:
     """`base` is a diffusers folder, `targets` has a pattern of layer names for each network of it that is touched.
 
-    `alpha` is kohya's; every second layer has another one.
+    `alpha` is kohya's.
     """
     tensors: dict[str, Tensor] = {}
     torch.manual_seed(seed)
     for network, pattern in targets.items():
         layers = _layers(base, network, pattern)
         assert layers, f"no layer of {network} is like {pattern}"
-        for number, (layer, weight) in enumerate(layers.items()):
+        for layer, weight in layers.items():
             down = torch.randn(rank, *weight.shape[1:]) * 0.2
             up = torch.randn(len(weight), rank, *[1] * (weight.dim() - 2)) * (0.5 if network == "unet" else 1.5)
-            alphas = None if alpha is None else alpha * (1 + number % 2)
-            tensors |= _named(form, network, layer, up, down, alphas)
+            tensors |= _named(form, network, layer, up, down, alpha)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
     return path
@@ -91,7 +90,8 @@ def _named(form: Format, network: str, layer: str, up: Tensor, down: Tensor, alp
             kind = "lora" if network == "unet" else "lora_linear_layer"
             return {f"{network}.{layer}.{kind}.down.weight": down, f"{network}.{layer}.{kind}.up.weight": up}
         case "kohya":
-            layer = layer if network == "unet" else f"text_model.{layer}"
+            if network != "unet":  # as in the transformers of those days
+                layer = f"text_model.{layer.removeprefix('text_model.')}"
             name = f"{KOHYA[network]}_{layer.replace('.', '_')}"
             factors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
             return factors if alpha is None else factors | {f"{name}.alpha": torch.tensor(alpha)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,10 @@ class Oracle:
             parts = self._pipe.components | {"scheduler": diffusers.LCMScheduler.from_config(self._config)}
             self._pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
             self._pipe.set_progress_bar_config(disable=True)
-        for name, entry in spec.loras.items():
-            self._pipe.load_lora_weights(entry.source, weight_name=entry.weight_name, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that there are several is the point
+            for name, entry in spec.loras.items():
+                self._pipe.load_lora_weights(entry.source, weight_name=entry.weight_name, adapter_name=name)
 
     def draw(self, params: SamplingParams) -> Pixels:
         scheduler = self._spec.schedulers[params.scheduler]
