@@ -52,6 +52,16 @@ class WorkerMetrics:
         self.prompts = Counter(
             "fewstep_prompts", "Prompts by whether the cache had them encoded", ["result"], registry=registry
         )
+        self.switches = Histogram(
+            "fewstep_lora_switch_seconds",
+            "Time of one change of the LoRAs in a model's weights",
+            ["model"],
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+        self.resident_loras = Gauge(
+            "fewstep_resident_loras", "Style LoRAs that are in memory", ["model"], registry=registry
+        )
         self.running = Gauge("fewstep_running_rows", "Rows held by the engine", registry=registry)
         self.warm = Gauge("fewstep_warm_model", "1 for each model that is warm here", ["model"], registry=registry)
         self.gpu_memory = Gauge("fewstep_gpu_memory_bytes", "GPU memory that tensors take", registry=registry)

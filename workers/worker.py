@@ -209,14 +209,22 @@ class Worker:
         runners = {name: self._load(spec) for name, spec in self._specs.items()}
         engine = Engine(runners)
         self._warm_models = tuple(self._warm_up(engine, name) for name in self._specs)
-        for runner in runners.values():
+        for name, runner in runners.items():
+            runner.observe_switch = self.metrics.switches.labels(name).observe
+            self.metrics.resident_loras.labels(name).set_function(lambda loras=runner.pipeline.loras: loras.num_resident)
             runner.observe_prompts = self.metrics.observe_prompts
             runner.observe_check = self.metrics.observe_check
         return Engine(runners, self.metrics.observe_step)
 
     def _load(self, spec: ModelSpec) -> ModelRunner:
         self._report(spec.name, "loading")
-        pipeline = load_pipeline(spec, self._device, self._dtype, cuda_graphs=self.settings.cuda_graphs)
+        pipeline = load_pipeline(
+            spec,
+            self._device,
+            self._dtype,
+            cuda_graphs=self.settings.cuda_graphs,
+            max_loras=self.settings.max_loras,
+        )
         padded = batch_sizes(spec, self._device) if self._device.type == "cuda" else None
         return ModelRunner(pipeline, padded)
 

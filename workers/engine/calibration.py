@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,15 @@ import torch
 
 from broker.messages import Delivery, Job, SamplingParams, SizeCosts, WarmModel
 from models.catalog import ModelSpec, Size
+from models.errors import LoadError
 from models.pipeline import FewStepPipeline
 from workers.engine.decoding import Decode, decoder_for
 from workers.engine.engine import Engine, run_until_done
 from workers.engine.outputs import Blocked, Finished, GenerationFailed, Pixels, PreviewReady
 from workers.engine.request import RequestState
 from workers.engine.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -44,6 +48,7 @@ def warm_up(engine: Engine, model: str, report: Progress = lambda _: None) -> Wa
     rows = batch_sizes(spec, runner.pipeline.device)
     sizes = tuple(_measure_size(engine, spec, size, rows, report) for size in spec.warm_sizes)
     text_ms = _text_ms(runner.pipeline)
+    _try_loras(runner, report)
     runner.forget_prompts()
     runner.warm_model = WarmModel(spec.name, spec.public_revision, spec.max_batch_size, text_ms, sizes)
     return runner.warm_model
@@ -172,6 +177,18 @@ def _check_picture(spec: ModelSpec, output: Finished | PreviewReady | Blocked, p
     if np.ptp(pixels) == 0:
         kind = "preview" if isinstance(output, PreviewReady) else "picture"
         raise WarmUpError(f"{spec.name}: the {kind} is one constant colour; an fp16 VAE that overflows does that")
+
+
+def _try_loras(runner: ModelRunner, report: Progress) -> None:
+    """Reads and merges as many as stay in memory, each twice: the first merge makes room for the layers that it touches,
+    the second one tells what a switch costs. Without one that can't be read the model still serves."""
+    for choice in runner.pipeline.loras.fetch_first():
+        report(f"LoRA {choice.name}")
+        try:
+            for loras in ((choice,), (), (choice,), ()):
+                runner.use_loras(loras)
+        except LoadError as error:
+            logger.error("requests for this LoRA will fail: %s", error)
 
 
 def _text_ms(pipeline: FewStepPipeline) -> float:
