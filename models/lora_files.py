@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.catalog import StyleLora, resolve_source
-from models.errors import LoadError
+from models.catalog import ModelSpec, StyleLora
+from models.hub.lockfile import LOCK_FILE
+from models.networks import LoadError, check_weights, explained
+from models.sources import SourceError, locate
+
+LORA_NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # what LoRAs may change, by diffusers' names
 
 Shapes = Mapping[str, Mapping[str, torch.Size]]  # network -> layer -> weight
 
@@ -68,42 +72,48 @@ class LoraReader:
     Touches nothing but the file and host memory, so it may run beside the device's own thread.
     """
 
-    def __init__(self, model: str, pipeline_class: Any, networks: Mapping[str, nn.Module]) -> None:
-        self._model = model
+    def __init__(
+        self, spec: ModelSpec, pipeline_class: Any, networks: Mapping[str, nn.Module], lock_file: Path = LOCK_FILE
+    ) -> None:
+        self._spec = spec
         self._pipeline_class = pipeline_class
         self._unet_config = networks["unet"].config
         self._shapes: Shapes = {name: dict(_weight_shapes(network)) for name, network in networks.items()}
+        self._lock_file = lock_file
 
     def read(self, entry: StyleLora) -> Lora:
         """Raises LoadError that names the model, the LoRA and the reason."""
         try:
-            folder, file_name = _find(entry)
-            tensors, alphas, config = self._translate(folder, file_name)
-            networks = dict(self._group(tensors, alphas, config or {}))
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise LoadError(f"{self._model}: can't load the LoRA {entry.name} from {entry.source}: {reason}") from error
+            spec = self._spec.model_copy(update={"loras": {entry.name: entry}})
+            path = locate(spec, f"loras.{entry.name}", lock_file=self._lock_file).path
+            check_weights(path)
+            with explained(f"can't load the LoRA {path}"):
+                networks = dict(self._group(*self._translate(path)))
+        except SourceError as error:
+            raise LoadError(str(error)) from error
+        except LoadError as error:
+            raise LoadError(f"{self._spec.name}: loras.{entry.name}: {error}") from error
         return Lora(entry.name, networks, torch.device("cpu"))
 
-    def _translate(self, folder: str, file_name: str) -> Any:
+    def _translate(self, path: Path) -> Any:
         """diffusers' names and tensors, kohya's alphas, and PEFT's configuration where the file has one."""
+        _refuse_other_kinds(path)
         return self._pipeline_class.lora_state_dict(
-            folder,
-            weight_name=file_name,
+            path.parent,
+            weight_name=path.name,
             use_safetensors=True,
             unet_config=self._unet_config,
             return_lora_metadata=True,
         )
 
     def _group(
-        self, tensors: Mapping[str, Tensor], alphas: Mapping[str, float] | None, config: Mapping[str, Any]
+        self, tensors: Mapping[str, Tensor], alphas: Mapping[str, float] | None, config: Mapping[str, Any] | None
     ) -> Iterator[tuple[str, dict[str, Factors]]]:
-        _refuse_other_kinds(tensors)
         if strange := [key for key in tensors if key.partition(".")[0] not in self._shapes]:
             raise ValueError(f"{strange[0]} belongs to none of {', '.join(self._shapes)}")
         for network, shapes in self._shapes.items():
             pairs = _pair(network, _part(tensors, network), shapes)
-            scales = _Scales(network, _part(alphas or {}, network), _part(config, network), shapes)
+            scales = _Scales(network, _part(alphas or {}, network), _part(config or {}, network), shapes)
             if layers := {layer: _fit(layer, *pair, scales, shapes) for layer, pair in pairs.items()}:
                 yield network, layers
         if not tensors:
@@ -116,30 +126,13 @@ def _weight_shapes(network: nn.Module) -> Iterator[tuple[str, torch.Size]]:
             yield name, module.weight.shape
 
 
-def _find(entry: StyleLora) -> tuple[str, str]:
-    """Folder or repository, and file. Opens a local file's header, so that a damaged one is named."""
-    source = resolve_source(entry.source)
-    if source.endswith(".safetensors"):
-        folder, file_name = str(Path(source).parent), Path(source).name
-    else:
-        folder, file_name = source, entry.weight_name
-    path = Path(folder, file_name)
-    if path.is_absolute() or path.parent.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a sound safetensors file: {error}") from error
-    return folder, file_name
-
-
-def _refuse_other_kinds(tensors: Mapping[str, Tensor]) -> None:
-    for key in tensors:
+def _refuse_other_kinds(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+    for key in keys:
         for mark, kind in _OTHER_KINDS.items():
             if mark in key:
-                raise ValueError(f"it is a {kind}, of which only plain LoRAs are supported ({key})")
+                raise ValueError(f"it is a {kind}; only plain LoRAs are supported ({key})")
 
 
 def _part(values: Mapping[str, Any], network: str) -> dict[str, Any]:
@@ -201,7 +194,7 @@ class _Scales:
         self._alphas = {self._layer_of(key, shapes): alpha for key, alpha in alphas.items()}
         self._config = config
         if config.get("use_dora"):
-            raise ValueError("it is a DoRA, of which only plain LoRAs are supported")
+            raise ValueError("it is a DoRA; only plain LoRAs are supported")
 
     def find(self, layer: str, rank: int) -> float:
         if layer in self._alphas:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from models.catalog import StyleLora
-from models.errors import LoadError
 from models.lora_files import Factors, Lora, LoraReader
+from models.networks import LoadError
 
 MAX_RESIDENT = 16
 

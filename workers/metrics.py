@@ -8,6 +8,7 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from workers.engine import Aborted
+from workers.engine.runner import ModelRunner
 
 BUCKETS_S = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192, 16.384)
 
@@ -79,6 +80,10 @@ class WorkerMetrics:
         self.stopped_steps.labels(request.model).inc(len(request.steps_ms))
         self.stopped_rows.labels(request.model).inc(len(request.steps_ms) * request.num_rows)
         self.late_steps.labels(request.model).inc(output.is_late)
+
+    def watch_loras(self, model: str, runner: ModelRunner) -> None:
+        runner.observe_switch = self.switches.labels(model).observe
+        self.resident_loras.labels(model).set_function(lambda: runner.pipeline.loras.num_resident)
 
     def observe_prompts(self, hits: int, misses: int) -> None:
         self.prompts.labels("hit").inc(hits)

@@ -28,7 +28,7 @@ from broker.messages import (
     Timings,
 )
 from broker.redis_broker import RedisBroker
-from models.errors import LoadError
+from models.networks import LoadError
 from workers.engine import Aborted, Blocked, Finished, GenerationFailed, PreviewReady
 from workers.engine.outputs import Pixels
 from workers.engine.request import RequestState

@@ -17,16 +17,13 @@ from torch import Tensor
 from models.catalog import ModelSpec
 from models.families.latent_rgb import LatentRgb
 from models.graphs import Graphed
-from models.lora_files import LoraReader
-from models.loras import MAX_RESIDENT, StyleLoras
+from models.loras import StyleLoras
 from models.pipeline import Conditioning, FewStepPipeline, to_device, to_pixels
 from models.rows import SharedRows
 from models.safety import SafetyChecker
 from models.tracing import Traced
 
 T = TypeVar("T")
-
-LORA_NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 
 
 class LatentDiffusion(FewStepPipeline):
@@ -35,7 +32,6 @@ class LatentDiffusion(FewStepPipeline):
 
     `scheduler_config` is the model folder's own, which every scheduler of the catalog entry starts from. With
     `cuda_graphs` a GPU replays networks as graphs, one per number of rows: the caller keeps these few.
-    Of the style LoRAs `max_loras` stay in memory.
     """
 
     added_names: ClassVar[tuple[str, ...]] = ()  # what this family's UNet is told beside timestep and prompt
@@ -50,13 +46,12 @@ class LatentDiffusion(FewStepPipeline):
         tiny_vae: Any | None,
         safety: tuple[Any, Any] | None = None,
         scheduler_config: dict[str, Any],
+        revision: str,
+        loras: StyleLoras,
         cuda_graphs: bool = False,
-        max_loras: int = MAX_RESIDENT,
     ) -> None:
-        super().__init__(spec, device, dtype, scheduler_config)
-        networks = {name: getattr(pipe, name) for name in LORA_NETWORKS if getattr(pipe, name, None) is not None}
-        reader = LoraReader(spec.name, type(pipe), networks)
-        self.loras = StyleLoras(spec.name, spec.loras, device, networks, reader, max_loras)
+        super().__init__(spec, device, dtype, scheduler_config, revision)
+        self.loras = loras
         self._has_graphs = cuda_graphs and device.type == "cuda"
         self._rows = SharedRows() if device.type == "cpu" else None
         self.vae_scale_factor: int = pipe.vae_scale_factor

@@ -12,7 +12,7 @@ import torch
 
 from broker.messages import Delivery, Job, SamplingParams, SizeCosts, WarmModel
 from models.catalog import ModelSpec, Size
-from models.errors import LoadError
+from models.networks import LoadError
 from models.pipeline import FewStepPipeline
 from workers.engine.decoding import Decode, decoder_for
 from workers.engine.engine import Engine, run_until_done
@@ -50,7 +50,7 @@ def warm_up(engine: Engine, model: str, report: Progress = lambda _: None) -> Wa
     text_ms = _text_ms(runner.pipeline)
     _try_loras(runner, report)
     runner.forget_prompts()
-    runner.warm_model = WarmModel(spec.name, spec.public_revision, spec.max_batch_size, text_ms, sizes)
+    runner.warm_model = WarmModel(spec.name, runner.pipeline.revision, spec.max_batch_size, text_ms, sizes)
     return runner.warm_model
 
 
@@ -180,8 +180,8 @@ def _check_picture(spec: ModelSpec, output: Finished | PreviewReady | Blocked, p
 
 
 def _try_loras(runner: ModelRunner, report: Progress) -> None:
-    """Reads and merges as many as stay in memory, each twice: the first merge makes room for the layers that it touches,
-    the second one tells what a switch costs. Without one that can't be read the model still serves."""
+    """Reads and merges as many as stay in memory, each twice: the first merge makes room for the layers that it
+    touches, the second one tells what a switch costs. Without one that can't be read the model still serves."""
     for choice in runner.pipeline.loras.fetch_first():
         report(f"LoRA {choice.name}")
         try:
