@@ -76,7 +76,7 @@ class StyleLoras:
     def know(self, entries: Mapping[str, StyleLora]) -> None:
         """From now on these may be asked for. What was read for an entry that is another one now is forgotten."""
         for name in list(self._resident):
-            if entries.get(name) != self._entries[name]:
+            if entries.get(name) != self._entries.get(name):
                 del self._resident[name]
         self._entries = dict(entries)
 

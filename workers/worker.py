@@ -211,8 +211,6 @@ class Worker:
         self._warm_models = tuple(self._warm_up(engine, name) for name in self._specs)
         for name, runner in runners.items():
             self.metrics.watch_loras(name, runner)
-                lambda loras=runner.pipeline.loras: loras.num_resident
-            )
             runner.observe_prompts = self.metrics.observe_prompts
             runner.observe_check = self.metrics.observe_check
         return Engine(runners, self.metrics.observe_step)
