@@ -47,11 +47,12 @@ class LatentDiffusion(FewStepPipeline):
         safety: tuple[Any, Any] | None = None,
         scheduler_config: dict[str, Any],
         revision: str,
-        loras: StyleLoras,
+        loras: StyleLoras | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__(spec, device, dtype, scheduler_config, revision)
-        self.loras = loras
+        if loras is not None:
+            self.loras = loras
         self._has_graphs = cuda_graphs and device.type == "cuda"
         self._rows = SharedRows() if device.type == "cpu" else None
         self.vae_scale_factor: int = pipe.vae_scale_factor
