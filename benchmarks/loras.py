@@ -14,6 +14,7 @@ import copy
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ class SwitchRow:
 def main() -> None:
     options = parse_options()
     hush_libraries()
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
     device, dtype = torch.device(options.device), parse_dtype(options.dtype)
     steps: list[StepRow] = []
     switches: list[SwitchRow] = []
