@@ -11,6 +11,7 @@ from pydantic import Field
 
 from broker.settings import SharedSettings
 from models.catalog import CATALOG_PATH
+from models.hub.lockfile import LOCK_FILE
 
 
 class WorkerSettings(SharedSettings):
@@ -18,6 +19,7 @@ class WorkerSettings(SharedSettings):
 
     models: str = Field("mini-lcm", pattern=r"[^\s,]", description="catalog entries to keep warm, separated by commas")
     catalog: Path = CATALOG_PATH
+    lock_file: Path = Field(LOCK_FILE, description="commits and checksums of what comes from the Hub")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes CUDA where there is one")
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
     cuda_graphs: bool = Field(False, description="replay networks as CUDA graphs")

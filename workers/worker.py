@@ -216,7 +216,10 @@ class Worker:
 
     def _load(self, spec: ModelSpec) -> ModelRunner:
         self._report(spec.name, "loading")
-        pipeline = load_pipeline(spec, self._device, self._dtype, cuda_graphs=self.settings.cuda_graphs)
+        settings = self.settings
+        pipeline = load_pipeline(
+            spec, self._device, self._dtype, cuda_graphs=settings.cuda_graphs, lock_file=settings.lock_file
+        )
         padded = batch_sizes(spec, self._device) if self._device.type == "cuda" else None
         return ModelRunner(pipeline, padded)
 

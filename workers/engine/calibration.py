@@ -131,7 +131,7 @@ def _generate(
             raise WarmUpError(f"{spec.name}: {where} ran only one by one: lower max_batch_size ({spec.max_batch_size})")
     for output in outputs:
         if isinstance(output, Finished | PreviewReady | Blocked):
-            _check_picture(spec, output, _pixels(engine.runners[spec.name].pipeline, output))
+            check_picture(engine.runners[spec.name].pipeline, output)
     return [output.request for output in outputs if isinstance(output, Finished | Blocked)]
 
 
@@ -166,7 +166,9 @@ def _latents(request: RequestState) -> torch.Tensor:
     return request.denoising.latents
 
 
-def _check_picture(spec: ModelSpec, output: Finished | PreviewReady | Blocked, pixels: Pixels) -> None:
+def check_picture(pipeline: FewStepPipeline, output: Finished | PreviewReady | Blocked) -> None:
+    """Raises WarmUpError for a picture that isn't sound."""
+    spec, pixels = pipeline.spec, _pixels(pipeline, output)
     if not torch.isfinite(_latents(output.request)).all():
         raise WarmUpError(f"{spec.name}: the network gave latents that are not finite")
     if np.ptp(pixels) == 0:
