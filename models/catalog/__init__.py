@@ -15,7 +15,6 @@ from models.catalog.specs import (
     Size,
     StepRange,
     StyleLora,
-    resolve_source,
 )
 
 __all__ = [
@@ -34,5 +33,4 @@ __all__ = [
     "UnknownModelError",
     "get_spec",
     "load_catalog",
-    "resolve_source",
 ]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from models.catalog import CatalogError, UnknownModelError, get_spec, load_catalog, resolve_source
+from models.catalog import CatalogError, UnknownModelError, get_spec, load_catalog
 from tests.small_models import write_catalog
 
 MINIMAL = """
@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
 def test_the_shipped_catalog_loads() -> None:
     catalog = load_catalog()
     assert catalog["mini-lcm"].default_size == (64, 64)
-    assert Path(resolve_source(catalog["mini-lcm"].source)).name == "mini-sd"
+    assert catalog["mini-lcm"].source == "bundled:mini-sd"
 
 
 def test_defaults(tmp_path: Path) -> None:
