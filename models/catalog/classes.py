@@ -49,9 +49,14 @@ class ClassNames:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def name(self, number: int) -> str:
-        """The usual one."""
-        return self._lines[number][0]
+    def names(self, number: int) -> list[str]:
+        """Of one class, the usual one first."""
+        return self._lines[number]
+
+    def examples(self, count: int) -> list[str]:
+        """The usual names of some classes, from all over the list."""
+        stride = max(1, len(self) // count)
+        return [names[0] for names in self._lines[::stride][:count]]
 
     def find(self, prompt: str) -> int:
         """The number of the class that `prompt` names. Raises UnknownClassError."""

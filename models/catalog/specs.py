@@ -201,7 +201,7 @@ class ModelSpec(_Entry):
             raise ValueError(f"guidance: the consistency family has none, got {self.guidance}")
         if unused := [key for key in ("vae", "tiny_vae", "lora") if getattr(self, key) is not None]:
             raise ValueError(f"{unused[0]}: the consistency family has no use for it")
-        self.class_names  # noqa: B018: to hear of a bad file now
+        assert self.class_names  # whose file is read now, so that its errors come now
 
     @cached_property
     def class_names(self) -> ClassNames | None:
