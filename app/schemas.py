@@ -343,7 +343,10 @@ class Limit(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A catalog entry; the first four fields are what OpenAI clients read."""
+    """A catalog entry; the first four fields are what OpenAI clients read.
+
+    `num_classes` is null for a model that draws any prompt; the prompts of another are names of its classes.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -364,6 +367,7 @@ class ModelCard(BaseModel):
     max_prompt_chars: int
     has_tiny_decoder: bool
     has_safety_checker: bool
+    num_classes: int | None
     example_prompts: list[str]
     deprecated: str | None
     sunset: str | None

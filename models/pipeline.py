@@ -21,12 +21,13 @@ from models.schedules import ScheduleFactory
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What the network is told about one prompt: `prompt_embeds` "t d", and `pooled` "p" where the family has one.
+    """What the network is told about one prompt: `encoded` "t d", and `pooled` "p" where the family has one. To a
+    class-conditional network a prompt is a class, and `encoded` "" its number.
 
     `truncated` is the text that the tokenizer's length cut off.
     """
 
-    prompt_embeds: Tensor
+    encoded: Tensor
     pooled: Tensor | None = None
     truncated: str = ""
 
@@ -66,6 +67,10 @@ class FewStepPipeline(ABC):
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of a picture of `width` by `height` pixels."""
 
+    def sample_prompt(self, number: int) -> str:
+        """A prompt that this model takes, for a warm-up: another one for another number, as far as there are more."""
+        return f"sample {number}"
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str | None]) -> list[Conditioning]:
         """One conditioning per prompt; None stands for a negative prompt that was not given."""
@@ -81,7 +86,7 @@ class FewStepPipeline(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures as uint8 "b height width 3", on `device`, by the full decoder."""
+        """Pictures as uint8 "b height width 3", on `device`, by the full decoder where the family has decoders."""
 
     @abstractmethod
     def check(self, images: Sequence[NDArray[np.uint8]]) -> list[bool]:
