@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from broker.messages import Job
     from models.catalog import ModelSpec
     from workers.settings import WorkerSettings
-    from workers.worker import Report
+    from workers.warm_set import Report
 
 logger = logging.getLogger("fewstep")
 console = Console(stderr=True)
@@ -151,15 +151,14 @@ def worker() -> None:
     from broker.errors import BrokerError
     from broker.settings import SettingsError
     from models.catalog import CatalogError
-    from models.loading import LoadError
-    from workers.engine.calibration import WarmUpError
     from workers.settings import WorkerSettings
+    from workers.warm_set import NothingToServe
     from workers.worker import EngineLost
 
     _configure_logging()
     try:
         asyncio.run(_run_worker(WorkerSettings.load()))
-    except (SettingsError, LoadError, WarmUpError, CatalogError) as error:
+    except (SettingsError, NothingToServe, CatalogError) as error:
         _fail(str(error))
     except BrokerError as error:
         _fail(str(error), status=1)
