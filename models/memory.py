@@ -4,43 +4,60 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.catalog import ModelSpec, resolve_source
+from models.catalog import ModelSpec
+from models.sources import SourceError, locate
 
 GIB = 2**30
 WORKING_SHARE = 0.5  # of the weights' bytes: what the largest batch needs beside them, where the entry doesn't say
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+LEFT_OUT = ("safety_checker", "image_encoder")  # which no pipeline here loads from its own folder
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # safetensors' names
 
 
 @dataclass(frozen=True, slots=True)
+class Network:
+    """The weight files of one network and the dtype that they are loaded in: what two models can share."""
+
+    files: frozenset[Path]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes: `weights` of its own, `shared` with models that are there already, `working` for the largest batch."""
+    """Bytes: `weights` of its own, `shared` with models that are there already, `working` for the largest batch.
+
+    `networks` are those that others may share from now on.
+    """
 
     weights: int
     shared: int
     working: int
-    files: frozenset[Path]
+    networks: frozenset[Network]
 
     @property
     def needed(self) -> int:
         return self.weights + self.working
 
 
-def estimate(spec: ModelSpec, dtype: str, loaded: Collection[Path] = ()) -> Estimate | None:
-    """What `spec` takes in `dtype` beside the models whose weight files are `loaded`. None: its files aren't here and
+def estimate(spec: ModelSpec, dtype: str, loaded: Collection[Network] = ()) -> Estimate | None:
+    """What `spec` takes in `dtype` beside the networks that are `loaded`. None: its files aren't on this machine and
     its entry doesn't say."""
-    found = weight_files(spec)
-    if found is None and spec.memory_gib is None:
+    try:
+        sizes = {Network(frozenset(files), dtype): own for files, own in _networks_of(spec)}
+    except SourceError:
+        sizes = {}
+    if not sizes and spec.memory_gib is None:
         return None
-    sizes = {file: weight_bytes(file, dtype) for file in found or ()}
-    shared = sum(size for file, size in sizes.items() if file in loaded)
-    weights = sum(sizes.values())
-    return Estimate(weights - shared, shared, _working_bytes(spec, dtype, weights), frozenset(sizes))
+    weights = {network: sum(weight_bytes(file, dtype) for file in network.files) for network in sizes}
+    shareable = {network for network, is_own in sizes.items() if not is_own}
+    shared = sum(weights[network] for network in shareable.intersection(loaded))
+    total = sum(weights.values())
+    return Estimate(total - shared, shared, _working_bytes(spec, dtype, total), frozenset(shareable))
 
 
 def _working_bytes(spec: ModelSpec, dtype: str, weights: int) -> int:
@@ -50,21 +67,32 @@ def _working_bytes(spec: ModelSpec, dtype: str, weights: int) -> int:
     return max(0, round(spec.memory_gib * GIB * scale) - weights)
 
 
-def weight_files(spec: ModelSpec) -> set[Path] | None:
-    """The weight files that loading the entry reads and that stay in memory, links followed; None where the files of
-    its source aren't on this machine. A fused LoRA isn't among them: it becomes part of the weights."""
-    if (source := _find(spec.source, spec.revision)) is None:
-        return None
-    files = {source} if source.is_file() else set(_component_files(source, spec))
-    for other, folder in (
-        (spec.unet, "unet"),
-        (spec.vae, "vae"),
-        (spec.tiny_vae, ""),
-        (spec.safety_checker, "safety_checker"),
-    ):
-        if other is not None and (found := _find(other)) is not None:
-            files |= {found} if found.is_file() else set(_network_files(found, folder, spec.variant))
-    return {file.resolve() for file in files}
+def _networks_of(spec: ModelSpec) -> Iterator[tuple[list[Path], bool]]:
+    """The weight files of each network that stays in memory, links followed, and whether it is the model's own: what a
+    fused LoRA changes is, and what a single file holds. Raises SourceError."""
+    changed = _changed_by_lora(spec)
+    source = locate(spec, "source", only_look=True).path
+    if source.is_file():
+        yield [source.resolve()], True
+    else:
+        for name in _component_names(source):
+            if getattr(spec, name, None) is None:
+                yield _weight_files(source / name, spec.variant), name in changed
+    for part in ("unet", "vae", "tiny_vae", "safety_checker"):
+        if getattr(spec, part) is not None:
+            folder = locate(spec, part, only_look=True).path
+            yield _weight_files(folder / part if part == "safety_checker" else folder, spec.variant), part in changed
+
+
+def _changed_by_lora(spec: ModelSpec) -> set[str]:
+    if spec.lora is None:
+        return set()
+    try:
+        keys = _read_header(locate(spec, "lora", only_look=True).path)
+    except (OSError, ValueError):
+        keys = {}
+    has_text = any(key.startswith(("text_encoder", "lora_te")) for key in keys)
+    return {"unet", "text_encoder", "text_encoder_2"} if has_text else {"unet"}
 
 
 def weight_bytes(file: Path, dtype: str) -> int:
@@ -94,43 +122,17 @@ def _tensor_bytes(tensor: Mapping[str, Any], dtype: str) -> int:
     return int(end) - int(start)
 
 
-def _component_files(folder: Path, spec: ModelSpec) -> Iterator[Path]:
-    """Those of a diffusers folder but for what the entry takes from elsewhere or leaves out."""
-    replaced = {name for name in ("unet", "vae") if getattr(spec, name) is not None}
-    for name in _components(folder) - replaced - {"safety_checker"}:
-        if (folder / name).is_dir():
-            yield from _network_files(folder, name, spec.variant)
-
-
-def _components(folder: Path) -> set[str]:
+def _component_names(folder: Path) -> list[str]:
+    """The parts of a pipeline's folder; those without weights have no weight files."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        return {name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
-    except (OSError, ValueError, AttributeError, IndexError):
-        return set()
+        return [name for name in index if name not in LEFT_OUT and (folder / name).is_dir()]
+    except (OSError, ValueError):
+        return []
 
 
-def _network_files(source: Path, folder: str, variant: str | None) -> Iterable[Path]:
-    """Of the network in `folder` of a source, or at its top; those of the variant where there are any."""
-    own = source / folder if (source / folder).is_dir() else source
-    files = list(own.glob("*.safetensors"))
-    of_variant = [file for file in files if variant is not None and f".{variant}" in file.name]
-    return of_variant or [file for file in files if file.name.count(".") == 1] or files
-
-
-def _find(source: str, revision: str | None = None) -> Path | None:
-    """Where its files are on this machine."""
-    path = Path(resolve_source(source))
-    if path.exists():
-        return path
-    return None if path.is_absolute() else _find_download(source, revision)
-
-
-def _find_download(repository: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download  # late: importing it takes time
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
-        return None
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Those of the variant where there are any."""
+    links = list(folder.glob("*.safetensors"))
+    of_variant = [link for link in links if variant is not None and f".{variant}" in link.stem]
+    return [link.resolve() for link in of_variant or [link for link in links if "." not in link.stem]]

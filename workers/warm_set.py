@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -75,8 +74,7 @@ class Member:
 class MemoryBudget:
     """What the models of `device` may take together: `limit_gib`, or what is free less a reserve."""
 
-    def __init__(self, device: torch.device, dtype: str, limit_gib: float | None) -> None:
-        self._dtype = dtype
+    def __init__(self, device: torch.device, limit_gib: float | None) -> None:
         self._is_given = limit_gib is not None
         self._total = free_bytes(device) * (1 - RESERVE) if limit_gib is None else limit_gib * GIB
         self._taken: dict[str, Estimate] = {}
@@ -85,10 +83,10 @@ class MemoryBudget:
     def left(self) -> float:
         return self._total - sum(taken.needed for taken in self._taken.values())
 
-    def reserve(self, spec: ModelSpec) -> Estimate | None:
+    def reserve(self, spec: ModelSpec, dtype: str) -> Estimate | None:
         """Its part of the budget, and None where nobody knows how much it takes. Raises DoesNotFit."""
-        files: set[Path] = set().union(*(taken.files for taken in self._taken.values()))
-        if (needed := estimate(spec, self._dtype, files)) is None:
+        loaded = {network for taken in self._taken.values() for network in taken.networks}
+        if (needed := estimate(spec, dtype, loaded)) is None:
             return None
         if needed.needed > self.left:
             raise DoesNotFit(
@@ -104,9 +102,9 @@ class MemoryBudget:
 
 
 class WarmSet:
-    """`specs` in the order of their importance. `load` makes a runner of one, `on_warm` gets it once it is proven, and
-    `on_change` is called whenever something is new to be told. `ready` is done as soon as one model is warm, or fails
-    with NothingToServe.
+    """`specs` in the order of their importance. `load` makes a runner of one in the dtype of `dtype_of`, `on_warm` gets
+    it once it is proven, and `on_change` is called whenever something is new to be told. `ready` is done as soon as one
+    model is warm, or fails with NothingToServe.
     """
 
     def __init__(
@@ -115,7 +113,8 @@ class WarmSet:
         load: Load,
         *,
         device: torch.device,
-        make_budget: Callable[[], MemoryBudget],
+        dtype_of: Callable[[ModelSpec], str],
+        memory_gib: float | None,
         metrics: WorkerMetrics,
         on_warm: Callable[[ModelRunner], None],
         on_change: Callable[[], None],
@@ -124,7 +123,7 @@ class WarmSet:
         self.ready: Future[None] = Future()
         self._members = {name: Member(spec) for name, spec in specs.items()}
         self._load, self._device, self._metrics = load, device, metrics
-        self._make_budget = make_budget
+        self._dtype_of, self._memory_gib = dtype_of, memory_gib
         self._on_warm, self._on_change, self._report = on_warm, on_change, report
         self._is_given_up = False
         for member in self._members.values():
@@ -149,7 +148,7 @@ class WarmSet:
         Files are read before anything serves, since nothing can be drawn meanwhile. Warming takes far longer, but its
         pieces are as small as a step.
         """
-        budget = self._make_budget()
+        budget = MemoryBudget(self._device, self._memory_gib)
         for work in (self._load_in_turn, self._warm_in_turns):
             for member in self._members.values():
                 for _ in work(member, budget, engine):
@@ -174,7 +173,7 @@ class WarmSet:
         self._enter(member, ModelState.LOADING, "loading")
         reason = None
         try:
-            needed = budget.reserve(member.spec)
+            needed = budget.reserve(member.spec, self._dtype_of(member.spec))
             before = used_bytes(self._device)
             member.runner = self._load(member.spec)
             self._note_memory(member, needed, used_bytes(self._device) - before)

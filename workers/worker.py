@@ -23,6 +23,7 @@ from broker.renewal import LeaseRenewer
 from broker.settings import SettingsError
 from models.catalog import CatalogError, ModelSpec, get_spec, load_catalog
 from models.loading import default_device, default_dtype, load_pipeline
+from models.networks import Networks
 from workers.engine import Engine, EngineOutput, PreviewReady
 from workers.engine.calibration import batch_sizes
 from workers.engine.runner import ModelRunner
@@ -32,7 +33,7 @@ from workers.metrics import WorkerMetrics
 from workers.publisher import Publisher
 from workers.reading import take_over
 from workers.settings import WorkerSettings, new_worker_id
-from workers.warm_set import MemoryBudget, Report, WarmSet
+from workers.warm_set import Report, WarmSet
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class Worker:
         self._report_to = report
         self._detail = ""
         self._holdings = Holdings(self._specs)
+        self._revisions: dict[str, str] = {}
+        self._networks = Networks()
         self._has_room = {name: asyncio.Event() for name in self._specs}
         self._has_news = asyncio.Event()
         self._stop = asyncio.Event()
@@ -78,7 +81,8 @@ class Worker:
             self._specs,
             self._load,
             device=self._device,
-            make_budget=lambda: MemoryBudget(self._device, _name_of(self._dtype), settings.memory_gib),
+            dtype_of=lambda spec: _name_of(self._dtype_of(spec)),
+            memory_gib=settings.memory_gib,
             metrics=self.metrics,
             on_warm=self._welcome,
             on_change=self._tell_news,
@@ -98,7 +102,7 @@ class Worker:
             self.worker_id,
             self._holdings,
             self.metrics,
-            {name: spec.public_revision for name, spec in self._specs.items()},
+            self._revisions,
             settings.encode_threads,
         )
 
@@ -228,8 +232,17 @@ class Worker:
             torch.cuda.set_stream(cast(Any, torch.cuda.Stream)(self._device, priority=-1))
         return Engine({}, self.metrics.observe_step)
 
+    def _dtype_of(self, spec: ModelSpec) -> torch.dtype:
+        return default_dtype(self._device, spec) if self.settings.dtype == "auto" else self._dtype
+
     def _load(self, spec: ModelSpec) -> ModelRunner:
-        pipeline = load_pipeline(spec, self._device, self._dtype, cuda_graphs=self.settings.cuda_graphs)
+        pipeline = load_pipeline(
+            spec,
+            self._device,
+            self._dtype_of(spec),
+            cuda_graphs=self.settings.cuda_graphs,
+            networks=self._networks,
+        )
         padded = batch_sizes(spec, self._device) if self._device.type == "cuda" else None
         return ModelRunner(pipeline, padded)
 
@@ -262,6 +275,7 @@ class Worker:
         """Takes requests for what has become warm, and lets the registry know."""
         for warm in self._warm_set.warm_models:
             self._holdings.max_rows[warm.model] = max(costs.max_rows for costs in warm.sizes)
+            self._revisions[warm.model] = warm.revision
         self._tell_room()
         self._has_news.set()
 

@@ -61,7 +61,8 @@ def warm_up_in_turns(engine: Engine, model: str, report: Progress = lambda _: No
         sizes.append((yield from _measure_size(engine, spec, size, rows, report)))
     text_ms = _text_ms(runner.pipeline)
     runner.forget_prompts()
-    runner.warm_model = WarmModel(spec.name, spec.public_revision, spec.max_batch_size, text_ms, tuple(sizes))
+    revision = runner.pipeline.revision
+    runner.warm_model = WarmModel(spec.name, revision, spec.max_batch_size, text_ms, tuple(sizes))
     return runner.warm_model
 
 
