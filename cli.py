@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, die_with_parent
+from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, Terminal, die_with_parent
 
 if TYPE_CHECKING:
     from app.access.keys import KeyRecord
@@ -133,7 +133,7 @@ def gateway() -> None:
 
     _configure_logging()
     try:
-        run(GatewaySettings.load())
+        run(GatewaySettings.load(), Terminal().has_hung_up)
     except (SettingsError, BrokerError, CatalogError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -175,6 +175,10 @@ async def _run_worker(settings: WorkerSettings) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, worker.request_stop)
+        terminal = Terminal()
+        loop.add_signal_handler(
+            signal.SIGHUP, lambda: worker.request_stop() if terminal.has_hung_up() else worker.reload()
+        )
         await worker.serve()
 
 
@@ -403,14 +407,16 @@ def _load_progress(settings: WorkerSettings) -> Iterator[Report]:
     from workers.worker import place
 
     catalog, (device, _) = load_catalog(settings.catalog, settings.extra_catalog), place(settings)
-    total = sum(1 + num_warm_ups(get_spec(catalog, name), device) for name in settings.model_names)
+    stages = {name: 2 + num_warm_ups(get_spec(catalog, name), device) for name in settings.model_names}
+    done = dict.fromkeys(stages, 0)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=total)
+        task = progress.add_task("starting", total=sum(stages.values()))
 
         def report(model: str, detail: str) -> None:
-            progress.update(task, description=f"{model}: {detail}")
-            progress.advance(task)
+            is_over = detail in ("warm", "failed")
+            done[model] = stages[model] if is_over else min(done[model] + 1, stages[model])
+            progress.update(task, description=f"{model}: {detail}", completed=sum(done.values()))
             if progress.finished:
                 progress.stop()
 
