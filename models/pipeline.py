@@ -51,9 +51,16 @@ class FewStepPipeline(ABC):
         self.device = device
         self.dtype = dtype
         self.revision = revision
-        self.schedules = {
-            name: ScheduleFactory(scheduler, scheduler_config) for name, scheduler in spec.schedulers.items()
-        }
+        self._scheduler_config = scheduler_config
+        self.schedules = self._make_schedules(spec)
+
+    def update(self, spec: ModelSpec) -> None:
+        """Goes by another reading of its entry from now on. Schedulers that are gone still serve who asked for them."""
+        self.schedules |= self._make_schedules(spec)
+        self.spec = spec
+
+    def _make_schedules(self, spec: ModelSpec) -> dict[str, ScheduleFactory]:
+        return {name: ScheduleFactory(scheduler, self._scheduler_config) for name, scheduler in spec.schedulers.items()}
 
     @abstractmethod
     def expect_rows(self, num_rows: int) -> None:

@@ -52,8 +52,9 @@ def trials_of(spec: ModelSpec) -> Iterator[Trial]:
 
 
 def warm_up(engine: Engine, spec: ModelSpec) -> None:
-    """One picture that isn't counted: it pays for what a first one has to prepare."""
-    run_trial(engine, spec, Trial("warm-up", replace(_default_params(spec), prompt=WARM_UP_PROMPT)))
+    """A picture that isn't counted: it pays for what the first one has to prepare."""
+    run_trial(engine, spec, Trial("warm-up", _default_params(spec)))
+    engine.runners[spec.name].forget_prompts()
 
 
 def run_trial(engine: Engine, spec: ModelSpec, trial: Trial) -> Outcome:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from broker.messages import WarmModel
-from models.catalog import Size
+from models.catalog import ModelSpec, Size
 from models.pipeline import Conditioning, FewStepPipeline, to_device
 from models.schedules import predict_x0
 from workers.engine.decoding import PendingPixels, decoder_for
@@ -82,6 +82,10 @@ class ModelRunner:
             request.denoising = self._start(request)
         while len(self._prompts) > MAX_CACHED_PROMPTS:
             self._prompts.popitem(last=False)
+
+    def update(self, spec: ModelSpec) -> None:
+        """Takes over what a new reading of the catalog says; what must stay as it was loaded is already kept in it."""
+        self.pipeline.update(spec)
 
     def forget_prompts(self) -> None:
         self._prompts.clear()
