@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from models.catalog import ModelSpec
+from models.families.consistency import ConsistencyModel
 from models.families.latent_diffusion import LatentDiffusion
 from models.families.sd import StableDiffusion
 from models.families.sdxl import StableDiffusionXL
@@ -41,7 +42,7 @@ class Family:
     pipeline_name: str
     networks: frozenset[str]
     arguments: dict[str, Any]
-    kind: type[LatentDiffusion]
+    kind: type[LatentDiffusion] | type[ConsistencyModel]
 
     @property
     def pipeline_class(self) -> Any:
@@ -64,6 +65,7 @@ FAMILIES = {
         {"add_watermarker": False, "image_encoder": None},
         StableDiffusionXL,
     ),
+    "consistency": Family("ConsistencyModelPipeline", frozenset({"unet"}), {}, ConsistencyModel),
 }
 
 
@@ -155,6 +157,7 @@ class _Loader:
         replaced = {part: self._load_replacement(part) for part in ("unet", "vae") if getattr(self._spec, part)}
         pipe = self._from_file(path, replaced) if path.is_file() else self._from_folder(path, replaced)
         self._check_guidance(pipe.unet)
+        self._check_classes(pipe.unet)
         self._fuse_lora(pipe)
         pipe.set_progress_bar_config(disable=True)
         return settle(pipe, self._device)
@@ -228,6 +231,13 @@ class _Loader:
         width = unet.config.get("time_cond_proj_dim")
         if (width is not None) != self._spec.guidance_embedded:
             raise LoadError(f"guidance is {self._spec.guidance!r}, but time_cond_proj_dim of the UNet is {width}")
+
+    def _check_classes(self, unet: Any) -> None:
+        names = self._spec.class_names
+        if names is not None and len(names) != unet.config.num_class_embeds:
+            raise LoadError(
+                f"classes names {len(names)}, but num_class_embeds of the UNet is {unet.config.num_class_embeds}"
+            )
 
     def _fuse_lora(self, pipe: Any) -> None:
         if self._lora is None or self._spec.lora is None:

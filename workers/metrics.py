@@ -65,6 +65,12 @@ class WorkerMetrics:
         )
         self.running = Gauge("fewstep_running_rows", "Rows held by the engine", registry=registry)
         self.warm = Gauge("fewstep_warm_model", "1 for each model that is warm here", ["model"], registry=registry)
+        self.model_state = Gauge(
+            "fewstep_model_state", "1 for the state that each model is in", ["model", "state"], registry=registry
+        )
+        self.model_memory = Gauge(
+            "fewstep_model_memory_bytes", "Memory of each model's weights", ["model", "figure"], registry=registry
+        )
         self.gpu_memory = Gauge("fewstep_gpu_memory_bytes", "GPU memory that tensors take", registry=registry)
 
     def observe_step(self, model: str, num_rows: int, seconds: float) -> None:

@@ -119,9 +119,9 @@ class Engine:
             request = batch.requests[0]
             self._scheduler.remove(request)
             self.runners[request.model].ensure_device()
-            logger.error("request %s failed: %r", request.request_id, error)
+            logger.error("request %s failed: %s", request.request_id, repr(error))  # a kept record keeps no tensors
             return [GenerationFailed(request, error)]
-        logger.warning("a batch of %d failed (%r): its requests run again one by one", len(batch.requests), error)
+        logger.warning("a batch of %d failed (%s): its requests run again one by one", len(batch.requests), repr(error))
         for request in batch.requests:
             request.restart()
             request.is_alone = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from broker.messages import LoraWeight, WarmModel
-from models.catalog import Size, StyleLora
+from models.catalog import ModelSpec, Size
 from models.loras import ChosenLora
 from models.pipeline import Conditioning, FewStepPipeline, to_device
 from models.schedules import predict_x0
@@ -90,11 +90,6 @@ class ModelRunner:
             self.switch_s = time.perf_counter() - started_s
             self.observe_switch(self.switch_s)
 
-    def know_loras(self, entries: Mapping[str, StyleLora]) -> None:
-        """From now on requests may ask for these; those under way keep what they have."""
-        self.pipeline.loras.know(entries)
-        self.forget_prompts()
-
     def prepare(self, requests: Sequence[RequestState]) -> None:
         """Encodes the prompts of new requests in one batch and draws the noise of each. All have the same LoRAs."""
         started_s = time.perf_counter()
@@ -105,6 +100,12 @@ class ModelRunner:
             request.denoising = self._start(request)
         while len(self._prompts) > MAX_CACHED_PROMPTS:
             self._prompts.popitem(last=False)
+
+    def update(self, spec: ModelSpec) -> None:
+        """Takes over what a new reading of the catalog says; what must stay as it was loaded is already kept in it.
+        Requests under way keep the LoRAs that they have."""
+        self.pipeline.update(spec)
+        self.forget_prompts()
 
     def forget_prompts(self) -> None:
         self._prompts.clear()

@@ -91,7 +91,7 @@ class Poisoned:
 
     def __init__(self, pipeline: FewStepPipeline) -> None:
         self._pipeline = pipeline
-        self._poison = pipeline.encode_prompts(["poison"])[0].prompt_embeds
+        self._poison = pipeline.encode_prompts(["poison"])[0].encoded
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
@@ -103,7 +103,7 @@ class Poisoned:
         conditionings: Sequence[Any],
         guidance_scales: torch.Tensor,
     ) -> torch.Tensor:
-        if any(torch.allclose(conditioning.prompt_embeds, self._poison) for conditioning in conditionings):
+        if any(torch.allclose(conditioning.encoded, self._poison) for conditioning in conditionings):
             raise RuntimeError("poison")
         return self._pipeline.predict(latents, timesteps, conditionings, guidance_scales)
 

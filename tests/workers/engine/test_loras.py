@@ -205,13 +205,13 @@ def test_a_file_that_cant_be_read_fails_only_who_asked_for_it(tmp_path: Path) ->
     broken.write_bytes(b"nothing")
     spec = spec.model_copy(update={"loras": by_name(style(path), style(broken))})
     engine = Engine({"small": ModelRunner(load_pipeline(spec, CPU, torch.float32))})
-    wishes: dict[str, Loras] = {
+    asked: dict[str, Loras] = {
         "plain": {},
         "ink": {"ink": 1.0},
         "bad": {"broken": 1.0},
         "both": {"broken": 1.0, "ink": 1.0},
     }
-    for name, loras in wishes.items():
+    for name, loras in asked.items():
         engine.add(delivery(name, styled_params(loras)))
     outputs = run_until_done(engine)
     failed = {output.request.request_id: output.error for output in outputs if isinstance(output, GenerationFailed)}
