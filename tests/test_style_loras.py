@@ -83,7 +83,7 @@ def test_eight_wishes_at_once_are_drawn_as_each_alone(http: httpx.Client, metric
     for one, other in zip(alone, together, strict=True):
         assert np.abs(one - other).max() <= 2
     metrics = httpx.get(metrics_url).text
-    assert 'fewstep_resident_loras{model="mini-lcm"} 3.0' in metrics
+    assert 'fewstep_resident_loras{model="mini-lcm"} 2.0' in metrics
     assert 'fewstep_lora_switch_seconds_count{model="mini-lcm"}' in metrics
 
 
