@@ -41,10 +41,10 @@ TOUCHED = ("to_q", "to_k", "to_v", "to_out.0", "proj", "ff.net.2")
 NUM_LORAS = 2
 NUM_TIME_IDS = 6
 MID_UNET = SDXL_UNET | {
-    "block_out_channels": (64, 128, 256),
+    "block_out_channels": (128, 256, 512),
     "attention_head_dim": (2, 4, 8),
     "cross_attention_dim": 512,
-    "transformer_layers_per_block": (1, 2, 6),
+    "transformer_layers_per_block": (1, 1, 2),
     "projection_class_embeddings_input_dim": 6 * 256 + 256,
 }
 
@@ -170,7 +170,7 @@ class Bench:
         first_ms = self._time(lambda: self._merge("0"))
         rounds = [self._measure_merges() for _ in range(num_rounds)]
         merge_ms, merge_two_ms, restore_ms = map(statistics.median, zip(*rounds, strict=True))
-        adapters_ms = statistics.median(self._measure_adapters(1 + index / 10) for index in range(3))
+        adapters_ms = statistics.median(self._measure_adapters(1 + index / 10) for index in range(2))
         layers = self._loras.fetch([("0", 1.0)])[0].lora.networks["unet"].values()
         touched = sum(factors.up.shape[0] * factors.down.shape[1] for factors in layers)
         return SwitchRow(
