@@ -6,8 +6,9 @@ import secrets
 from dataclasses import dataclass
 
 from app.errors import invalid
-from app.schemas import GenerationFields, LoraChoice
-from broker.messages import MAX_SEED, Decoder, ImageFormat, LoraWeight, SamplingParams
+from app.loras import check_loras, lora_warnings
+from app.schemas import GenerationFields
+from broker.messages import MAX_SEED, Decoder, ImageFormat, SamplingParams
 from models.catalog import ClassNames, ModelSpec, Size, UnknownClassError
 
 DEFAULT_QUALITY = 85
@@ -55,7 +56,7 @@ def complete(fields: GenerationFields, spec: ModelSpec, defaults: Defaults) -> S
         output_quality=fields.output_quality or defaults.output_quality,
         previews=defaults.previews if fields.previews is None else fields.previews,
         metadata=fields.metadata is not False,
-        loras=_check_loras(fields.loras or [], spec),
+        loras=check_loras(fields.loras or [], spec),
     )
 
 
@@ -64,8 +65,13 @@ def earliest(*deadlines_ms: int | None) -> int | None:
 
 
 def find_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
-    """What is accepted but has no effect, or may mean something else."""
-    return _class_warnings(params, spec) + _negative_prompt_warnings(params, spec) + _preview_warnings(params, spec)
+    """What is accepted but has no effect, less than it could have, or may mean something else."""
+    return (
+        *_class_warnings(params, spec),
+        *_negative_prompt_warnings(params, spec),
+        *_preview_warnings(params, spec),
+        *lora_warnings(params, spec),
+    )
 
 
 def _class_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
@@ -190,12 +196,6 @@ def _choose_seed(seed: int | None, num_images: int, defaults: Defaults) -> int:
     if seed + num_images - 1 > MAX_SEED:
         raise invalid("seed", seed, f"image i is drawn from seed + i, which must stay within {MAX_SEED}")
     return seed
-
-
-def _check_loras(loras: list[LoraChoice], spec: ModelSpec) -> tuple[LoraWeight, ...]:
-    if loras:
-        raise invalid("loras", loras[0].name, f"{spec.name} offers no style LoRAs", code="lora_not_found")
-    return ()
 
 
 def check_size_text(size: str | None, spec: ModelSpec) -> Size:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.catalog import ModelSpec
+from models.loras import StyleLoras
 from models.schedules import ScheduleFactory
 
 
@@ -36,7 +37,8 @@ class FewStepPipeline(ABC):
     """The parts of one loaded model behind one meaning.
 
     All latents that go in or come out are float32 on `device`, whatever `dtype` the networks compute in, so that noise
-    and schedule arithmetic are the same everywhere.
+    and schedule arithmetic are the same everywhere. `loras` are the model's style LoRAs; not every family has
+    them.
     """
 
     def __init__(
@@ -46,14 +48,24 @@ class FewStepPipeline(ABC):
         dtype: torch.dtype,
         scheduler_config: dict[str, Any],
         revision: str,
+        loras: StyleLoras,
     ) -> None:
         self.spec = spec
         self.device = device
         self.dtype = dtype
         self.revision = revision
-        self.schedules = {
-            name: ScheduleFactory(scheduler, scheduler_config) for name, scheduler in spec.schedulers.items()
-        }
+        self._scheduler_config = scheduler_config
+        self.schedules = self._make_schedules(spec)
+        self.loras = loras
+
+    def update(self, spec: ModelSpec) -> None:
+        """Goes by another reading of its entry from now on. Schedulers that are gone still serve who asked for them."""
+        self.schedules |= self._make_schedules(spec)
+        self.loras.know(spec.loras)
+        self.spec = spec
+
+    def _make_schedules(self, spec: ModelSpec) -> dict[str, ScheduleFactory]:
+        return {name: ScheduleFactory(scheduler, self._scheduler_config) for name, scheduler in spec.schedulers.items()}
 
     @abstractmethod
     def expect_rows(self, num_rows: int) -> None:

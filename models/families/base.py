@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.catalog import ModelSpec
 from models.graphs import Graphed
+from models.loras import StyleLoras
 from models.pipeline import FewStepPipeline
 from models.rows import SharedRows
 from models.safety import SafetyChecker
@@ -35,9 +36,10 @@ class DiffusersFamily(FewStepPipeline):
         safety: tuple[Any, Any] | None = None,
         scheduler_config: dict[str, Any],
         revision: str,
+        loras: StyleLoras,
         cuda_graphs: bool = False,
     ) -> None:
-        super().__init__(spec, device, dtype, scheduler_config, revision)
+        super().__init__(spec, device, dtype, scheduler_config, revision, loras)
         self._has_graphs = cuda_graphs and device.type == "cuda"
         self._rows = SharedRows() if device.type == "cpu" else None
         self._safety_checker = None if safety is None else SafetyChecker(*safety, self.fast)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -37,11 +38,16 @@ class Oracle:
             parts = self._pipe.components | {"scheduler": diffusers.LCMScheduler.from_config(self._config)}
             self._pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
         self._pipe.set_progress_bar_config(disable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that there are several is the point
+            for name, entry in spec.loras.items():
+                self._pipe.load_lora_weights(entry.source, weight_name=entry.weight_name, adapter_name=name)
 
     def _draw(self, params: SamplingParams) -> Pixels:
         scheduler = self._spec.schedulers[params.scheduler]
         scheduler_class: Any = getattr(diffusers, scheduler.class_name)
         self._pipe.scheduler = scheduler_class.from_config(self._config, **scheduler.config)
+        self._use_loras(params)
         timesteps = scheduler.timesteps.get(params.num_inference_steps)
         images = self._pipe(
             **(_class_of(params, self._spec) if self._spec.classes else _text_of(params)),
@@ -50,6 +56,13 @@ class Oracle:
         ).images
         return np.stack([np.asarray(image) for image in images])
 
+    def _use_loras(self, params: SamplingParams) -> None:
+        if params.loras:
+            self._pipe.enable_lora()
+            self._pipe.set_adapters([lora.name for lora in params.loras], [lora.weight for lora in params.loras])
+        elif self._spec.loras:
+            self._pipe.disable_lora()
+
 
 def _load(spec: ModelSpec, dtype: torch.dtype) -> Any:
     parts = {"unet": diffusers.UNet2DConditionModel.from_pretrained(spec.unet, dtype=dtype)} if spec.unet else {}
@@ -57,6 +70,7 @@ def _load(spec: ModelSpec, dtype: torch.dtype) -> Any:
     if spec.lora is not None:
         pipe.load_lora_weights(spec.lora.source)
         pipe.fuse_lora(lora_scale=spec.lora.scale)
+        pipe.unload_lora_weights()  # what is fused stays
     return pipe
 
 
