@@ -57,7 +57,7 @@ def main() -> None:
 def read_look(text: str) -> Look:
     """The LoRAs of one --lora: "neon:0.5,sketch:0.5", or "none"."""
     choices = [choice.partition(":") for choice in text.split(",")] if text != "none" else []
-    return [LoraChoice(name=name, weight=float(weight or 1)) for name, _, weight in choices]
+    return [LoraChoice(name=name, weight=float(weight) if weight else None) for name, _, weight in choices]
 
 
 def draw(spec: ModelSpec, wishes: Sequence[tuple[str, Look]], seed: int) -> list[Image.Image]:
