@@ -381,6 +381,7 @@ class Subject:
             pipe=self.parts.pipe,
             tiny_vae=self.parts.tiny_vae,
             scheduler_config=dict(self.parts.pipe.scheduler.config),
+            revision="random weights",
         )
         return pipeline, graphs
 
@@ -451,6 +452,7 @@ class Costs:
             pipe=parts.pipe,
             tiny_vae=parts.tiny_vae,
             scheduler_config=dict(parts.pipe.scheduler.config),
+            revision="random weights",
         )
 
     def count(self, batch: int) -> dict[str, Counter]:

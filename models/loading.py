@@ -1,34 +1,43 @@
-"""From a catalog entry to a model in memory: weights, LoRA fuse, VAE choice, safety checker.
+"""From a catalog entry to a model in memory: networks, LoRA fuse, decoders, safety checker.
 
 Safetensors only, and no code from model folders.
 """
 
 from __future__ import annotations
 
-import logging
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from models.catalog import LoraSpec, ModelSpec, resolve_source
+from models.catalog import ModelSpec
 from models.families.latent_diffusion import LatentDiffusion
 from models.families.sd import StableDiffusion
 from models.families.sdxl import StableDiffusionXL
+from models.hub.lockfile import LOCK_FILE
+from models.hub.needs import WEIGHTLESS
+from models.networks import LoadError, Networks, check_weights, explained, settle
 from models.pipeline import FewStepPipeline
 from models.rows import keep_kernels
+from models.sources import Place, SourceError, locate
 
-logger = logging.getLogger(__name__)
+__all__ = ["FAMILIES", "LoadError", "default_device", "default_dtype", "load_diffusers", "load_pipeline", "settle"]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """diffusers' pipeline of a family, what it must be told to load, and the class that the engine sees."""
+    """diffusers' pipeline of a family, the networks that it is made of, what it must be told to load, and the class
+    that the engine sees."""
 
     pipeline_name: str
+    networks: frozenset[str]
     arguments: dict[str, Any]
     kind: type[LatentDiffusion]
 
@@ -38,167 +47,229 @@ class Family:
         return getattr(diffusers, self.pipeline_name)
 
 
+EXTRAS = frozenset({"safety_checker", "image_encoder"})  # which a folder may have and a pipeline can do without
+
 FAMILIES = {
     "sd": Family(
-        "StableDiffusionPipeline", {"safety_checker": None, "requires_safety_checker": False}, StableDiffusion
+        "StableDiffusionPipeline",
+        frozenset({"unet", "vae", "text_encoder"}),
+        {"safety_checker": None, "requires_safety_checker": False, "image_encoder": None},
+        StableDiffusion,
     ),
-    "sdxl": Family("StableDiffusionXLPipeline", {"add_watermarker": False}, StableDiffusionXL),
+    "sdxl": Family(
+        "StableDiffusionXLPipeline",
+        frozenset({"unet", "vae", "text_encoder", "text_encoder_2"}),
+        {"add_watermarker": False, "image_encoder": None},
+        StableDiffusionXL,
+    ),
 }
 
 
-class LoadError(Exception):
-    """A model that can't be loaded: the message names the model, the source or file, and the reason."""
-
-
 def load_pipeline(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, *, cuda_graphs: bool = False
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    cuda_graphs: bool = False,
+    networks: Networks | None = None,
+    lock_file: Path = LOCK_FILE,
 ) -> FewStepPipeline:
-    """The model of a catalog entry, ready to compute on `device` in `dtype`. Raises LoadError."""
+    """The model of a catalog entry, ready to compute on `device` in `dtype`. Models that are given the same `networks`
+    share what they have in common; `lock_file` says which commits of the Hub's repositories. Raises LoadError."""
     keep_kernels()
-    pipe = _load_parts(spec, dtype)
-    try:
-        return FAMILIES[spec.family].kind(
-            spec,
-            device,
-            dtype,
-            pipe=settle(pipe, device),
-            tiny_vae=_load_tiny_vae(spec, device, dtype),
-            safety=_load_safety(spec, device, dtype),
-            scheduler_config=dict(pipe.scheduler.config),
-            cuda_graphs=cuda_graphs,
-        )
-    except torch.OutOfMemoryError as error:
-        raise LoadError(f"{spec.name}: {device} has too little memory for it") from error
+    return _Loader(spec, device, dtype, networks or Networks(), lock_file).pipeline(cuda_graphs)
 
 
 def load_diffusers(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
     """diffusers' own pipeline for the entry, LoRA fused, default scheduler set: the engine's parts and its oracle."""
-    pipe = _load_parts(spec, dtype)
+    pipe = _Loader(spec, device, dtype, Networks(), LOCK_FILE).pipe()
     default = spec.schedulers[spec.default_scheduler]
     pipe.scheduler = getattr(diffusers, default.class_name).from_config(pipe.scheduler.config, **default.config)
-    return settle(pipe, device)
-
-
-def _load_parts(spec: ModelSpec, dtype: torch.dtype) -> Any:
-    source = resolve_source(spec.source)
-    _check_weights(spec, source)
-    parts = {"vae": _load_vae(spec, dtype)} if spec.vae else {}
-    family = FAMILIES[spec.family]
-    pipe = _from_pretrained(family.pipeline_class, spec, source, dtype, **family.arguments, **parts)
-    _check_guidance(spec, pipe.unet)
-    if spec.lora is not None:
-        _fuse_lora(pipe, spec, spec.lora)
-    pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _check_guidance(spec: ModelSpec, unet: Any) -> None:
-    width = unet.config.time_cond_proj_dim
-    if (width is not None) != spec.guidance_embedded:
-        raise LoadError(f"{spec.name}: guidance is {spec.guidance!r}, but time_cond_proj_dim of the UNet is {width}")
 
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """fp16 on CUDA. On a CPU bf16 where the processor computes in it, else fp32: `benchmarks/engine.py` shows why."""
+def default_dtype(device: torch.device, spec: ModelSpec | None = None) -> torch.dtype:
+    """What the entry says on CUDA, fp16 without one. On a CPU bf16 where the processor computes in it, else fp32:
+    `benchmarks/engine.py` shows why."""
     if device.type == "cuda":
-        return torch.float16
+        return torch.float16 if spec is None else getattr(torch, spec.dtype)
     abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.11 lacks it
     has_bf16 = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def _load_vae(spec: ModelSpec, dtype: torch.dtype) -> Any:
-    assert spec.vae is not None
-    source = resolve_source(spec.vae)
-    _check_weights(spec, source)
-    return _from_pretrained(diffusers.AutoencoderKL, spec, source, dtype)
+class _Loader:
+    """Loads one entry. Whatever goes wrong is a LoadError that begins with the entry's name."""
 
+    def __init__(
+        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, networks: Networks, lock_file: Path
+    ) -> None:
+        self._spec, self._device, self._dtype = spec, device, dtype
+        self._networks = networks
+        self._lock_file = lock_file
+        self._family = FAMILIES[spec.family]
 
-def _load_tiny_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any | None:
-    if spec.tiny_vae is None:
-        return None
-    source = resolve_source(spec.tiny_vae)
-    _check_weights(spec, source)
-    return settle(_from_pretrained(diffusers.AutoencoderTiny, spec, source, dtype), device)
+    def pipeline(self, cuda_graphs: bool) -> FewStepPipeline:
+        with self._told():
+            pipe = self._load_pipe()
+            return self._family.kind(
+                self._spec,
+                self._device,
+                self._dtype,
+                pipe=pipe,
+                tiny_vae=self._load_tiny_vae(),
+                safety=self._load_safety(),
+                scheduler_config=dict(pipe.scheduler.config),
+                revision=self._source.revision or self._spec.public_revision,
+                cuda_graphs=cuda_graphs,
+            )
 
+    def pipe(self) -> Any:
+        """diffusers' pipeline, its LoRA fused."""
+        with self._told():
+            return self._load_pipe()
 
-def _load_safety(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any] | None:
-    """The checker and its feature extractor. Revision and variant are those of the model's own source alone."""
-    if spec.safety_checker is None:
-        return None
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker  # late, as pipelines
-    from transformers import CLIPImageProcessor
-
-    source = resolve_source(spec.safety_checker)
-    own = spec if spec.safety_checker == spec.source else spec.model_copy(update={"revision": None, "variant": None})
-    _check_weights(spec, f"{source}/safety_checker")
-    checker, report = _from_pretrained(
-        StableDiffusionSafetyChecker, own, source, dtype, subfolder="safety_checker", output_loading_info=True
-    )
-    if missing := sorted(report["missing_keys"]):  # which transformers fills with random numbers
-        raise LoadError(f"{spec.name}: the safety checker of {source} lacks {len(missing)} weights: {missing[0]}, …")
-    extractor = _load(CLIPImageProcessor, own, source, subfolder="feature_extractor")
-    return settle(checker, device), extractor
-
-
-def _from_pretrained(kind: Any, spec: ModelSpec, source: str, dtype: torch.dtype, **arguments: Any) -> Any:
-    folder = Path(source, arguments.get("subfolder", ""))
-    variant = spec.variant if not folder.is_dir() or _has_variant(folder, spec.variant) else None
-    return _load(kind, spec, source, dtype=dtype, variant=variant, use_safetensors=True, **arguments)
-
-
-def _load(kind: Any, spec: ModelSpec, source: str, **arguments: Any) -> Any:
-    is_local = Path(source).is_dir()
-    if Path(source).is_absolute() and not is_local:
-        raise LoadError(f"{spec.name}: can't load {kind.__name__}: there is no folder {source}")
-    revision = None if is_local else spec.revision
-    try:
-        return kind.from_pretrained(source, revision=revision, local_files_only=is_local, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise LoadError(f"{spec.name}: can't load {kind.__name__} from {source}: {_first_line(error)}") from error
-
-
-def _has_variant(folder: Path, variant: str | None) -> bool:
-    return variant is not None and any(folder.rglob(f"*.{variant}.safetensors"))
-
-
-def _check_weights(spec: ModelSpec, source: str) -> None:
-    """Opens each local weight file's header, so that a damaged one is named before any network is built."""
-    for path in sorted(Path(source).rglob("*.safetensors")) if Path(source).is_dir() else ():
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        name = self._spec.name
         try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (OSError, SafetensorError) as error:
-            raise LoadError(f"{spec.name}: {path} is not a sound safetensors file: {_first_line(error)}") from error
+            yield
+        except SourceError as error:
+            raise LoadError(str(error)) from error
+        except LoadError as error:
+            raise LoadError(f"{name}: {error}") from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise LoadError(f"{name}: {self._device} has too little memory for it") from error
+
+    def _load_pipe(self) -> Any:
+        path = self._source.path
+        replaced = {part: self._load_replacement(part) for part in ("unet", "vae") if getattr(self._spec, part)}
+        pipe = self._from_file(path, replaced) if path.is_file() else self._from_folder(path, replaced)
+        self._check_guidance(pipe.unet)
+        self._fuse_lora(pipe)
+        pipe.set_progress_bar_config(disable=True)
+        return settle(pipe, self._device)
+
+    def _from_folder(self, folder: Path, replaced: Mapping[str, Any]) -> Any:
+        """The networks one by one, since other models may have them already; the rest by diffusers."""
+        networks = {
+            name: self._load_network(class_name, folder / name, is_shared=name not in self._own_networks)
+            for name, class_name in self._read_networks(folder).items()
+            if name not in replaced
+        }
+        pipeline_class = self._family.pipeline_class
+        with explained(f"can't load {pipeline_class.__name__} from {folder}"):
+            return pipeline_class.from_pretrained(
+                folder, local_files_only=True, **self._family.arguments, **networks, **replaced
+            )
+
+    def _from_file(self, path: Path, replaced: Mapping[str, Any]) -> Any:
+        """All networks of one file in its authors' own layout, which diffusers takes apart."""
+        check_weights(path)
+        config = self._locate("config").path
+        self._read_networks(config)
+        pipeline_class = self._family.pipeline_class
+        with explained(f"can't load {pipeline_class.__name__} from {path} by the configs of {config}"):
+            return pipeline_class.from_single_file(
+                str(path),
+                config=str(config),
+                dtype=self._dtype,
+                local_files_only=True,
+                **self._family.arguments,
+                **replaced,
+            )
+
+    def _read_networks(self, folder: Path) -> dict[str, str]:
+        """The class of each network of a pipeline's folder, which must be those of the family."""
+        class_names = _read_class_names(folder)
+        names, expected = set(class_names) - EXTRAS, self._family.networks
+        if names != expected:
+            there, needed = (", ".join(sorted(those)) or "no networks" for those in (names, expected))
+            raise LoadError(f"{folder} has {there}; the family {self._spec.family} is made of {needed}")
+        return {name: class_names[name] for name in names}
+
+    def _load_replacement(self, part: str) -> Any:
+        """A network that isn't the source's own."""
+        folder = self._locate(part).path
+        return self._load_network(_read_class_name(folder), folder, is_shared=part not in self._own_networks)
+
+    def _load_tiny_vae(self) -> Any | None:
+        if self._spec.tiny_vae is None:
+            return None
+        return self._load_network("AutoencoderTiny", self._locate("tiny_vae").path)
+
+    def _load_network(self, class_name: str, folder: Path, *, is_shared: bool = True) -> Any:
+        return self._networks.load(
+            class_name, folder, self._device, self._dtype, variant=self._spec.variant, is_shared=is_shared
+        )
+
+    def _load_safety(self) -> tuple[Any, Any] | None:
+        """The checker and its feature extractor."""
+        if self._spec.safety_checker is None:
+            return None
+        from transformers import CLIPImageProcessor
+
+        folder = self._locate("safety_checker").path
+        checker = self._load_network("StableDiffusionSafetyChecker", folder / "safety_checker")
+        with explained(f"can't load CLIPImageProcessor from {folder}"):
+            extractor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
+        return checker, extractor
+
+    def _check_guidance(self, unet: Any) -> None:
+        width = unet.config.get("time_cond_proj_dim")
+        if (width is not None) != self._spec.guidance_embedded:
+            raise LoadError(f"guidance is {self._spec.guidance!r}, but time_cond_proj_dim of the UNet is {width}")
+
+    def _fuse_lora(self, pipe: Any) -> None:
+        if self._lora is None or self._spec.lora is None:
+            return
+        with explained(f"can't fuse the LoRA {self._lora}"):
+            pipe.load_lora_weights(self._lora.parent, weight_name=self._lora.name, use_safetensors=True)
+            pipe.fuse_lora(lora_scale=self._spec.lora.scale)
+            pipe.unload_lora_weights()
+
+    @cached_property
+    def _own_networks(self) -> frozenset[str]:
+        """What the fused LoRA changes for good: other models must not see it."""
+        if self._lora is None:
+            return frozenset()
+        check_weights(self._lora)
+        with safe_open(self._lora, framework="pt") as file:
+            has_text = any(key.startswith(("text_encoder", "lora_te")) for key in file.keys())  # noqa: SIM118 - no dict
+        return frozenset(("unet", "text_encoder", "text_encoder_2") if has_text else ("unet",))
+
+    @cached_property
+    def _lora(self) -> Path | None:
+        return None if self._spec.lora is None else self._locate("lora").path
+
+    @cached_property
+    def _source(self) -> Place:
+        return self._locate("source")
+
+    def _locate(self, part: str) -> Place:
+        return locate(self._spec, part, lock_file=self._lock_file)
 
 
-def _fuse_lora(pipe: Any, spec: ModelSpec, lora: LoraSpec) -> None:
-    source = resolve_source(lora.source)
-    _check_weights(spec, source)
-    try:
-        pipe.load_lora_weights(source, weight_name=lora.weight_name, use_safetensors=True)
-        pipe.fuse_lora(lora_scale=lora.scale)
-        pipe.unload_lora_weights()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise LoadError(f"{spec.name}: can't fuse the LoRA {source}: {_first_line(error)}") from error
+def _read_class_names(folder: Path) -> dict[str, str]:
+    """What a pipeline's folder is made of: the class of each network that it has."""
+    index = _read_json(folder / "model_index.json")
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    return {
+        name: str(class_name)
+        for name, (_, class_name) in parts.items()
+        if class_name is not None and not str(class_name).endswith(WEIGHTLESS)
+    }
 
 
-def settle(module: Any, device: torch.device) -> Any:
-    """Moves a pipeline or network to its device in the memory layout that its convolutions are fastest in."""
-    module = module.to(device)
-    is_slow_layout = device.type == "cpu" and module.dtype == torch.bfloat16  # oneDNN reorders those weights each time
-    memory_format = torch.contiguous_format if is_slow_layout else torch.channels_last
-    parts = module.components.values() if isinstance(module, diffusers.DiffusionPipeline) else (module,)
-    for part in parts:
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
-            cast(Any, part).to(memory_format=memory_format)
-    return module
+def _read_class_name(folder: Path) -> str:
+    return str(_read_json(folder / "config.json").get("_class_name"))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _read_json(path: Path) -> dict[str, Any]:
+    with explained(f"can't read {path}"):
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return values

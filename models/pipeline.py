@@ -39,11 +39,17 @@ class FewStepPipeline(ABC):
     """
 
     def __init__(
-        self, spec: ModelSpec, device: torch.device, dtype: torch.dtype, scheduler_config: dict[str, Any]
+        self,
+        spec: ModelSpec,
+        device: torch.device,
+        dtype: torch.dtype,
+        scheduler_config: dict[str, Any],
+        revision: str,
     ) -> None:
         self.spec = spec
         self.device = device
         self.dtype = dtype
+        self.revision = revision
         self.schedules = {
             name: ScheduleFactory(scheduler, scheduler_config) for name, scheduler in spec.schedulers.items()
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,33 +247,30 @@ def _make_tokenizer() -> CLIPTokenizerFast:
 
 
 def write_small_catalog(root: Path, names: Sequence[str] = ("small",)) -> Path:
-    """A catalog file whose entries are all `small_spec`."""
-    return write_catalog(root / "catalog.toml", [small_spec(root, name=name) for name in names])
+    """A catalog file whose entries are all `small_spec` without its LoRA, with the 50 steps that LCM can do."""
+    changes: dict[str, Any] = {"lora": None, "num_inference_steps": StepRange(default=4, min=1, max=50)}
+    specs = [small_spec(root, name=name, max_batch_size=8, **changes) for name in names]
+    return write_catalog(root / "catalog.toml", specs)
 
 
 def write_catalog(path: Path, specs: Sequence[ModelSpec]) -> Path:
-    """Of specs that differ from `small_spec` in their names and safety checkers alone."""
-    path.write_text("".join(map(_write_entry, specs)), encoding="utf-8")
+    """A catalog file that `load_catalog` reads back as the very same specs, their style LoRAs included."""
+    tables = {spec.name: spec.model_dump(mode="json", exclude={"name", "loras"}) for spec in specs}
+    loras = {f"loras.{name}": lora for spec in specs for name, lora in spec.loras.items()}
+    tables |= {table: lora.model_dump(mode="json", exclude={"name"}) for table, lora in loras.items()}
+    path.write_text("\n".join(f"[{name}]\n{_toml_lines(table)}" for name, table in tables.items()), encoding="utf-8")
     return path
 
 
-def _write_entry(spec: ModelSpec) -> str:
-    checker = f'safety_checker = "{spec.safety_checker}"' if spec.safety_checker else ""
-    schedulers = "\n".join(f'{key} = {{ class_name = "{s.class_name}" }}' for key, s in spec.schedulers.items())
-    return f"""
-[{spec.name}]
-description = "{spec.description}"
-family = "sd"
-source = "{spec.source}"
-license = "{spec.license}"
-tiny_vae = "{spec.tiny_vae}"
-{checker}
-default_scheduler = "lcm"
-num_inference_steps = {{ default = 4, min = 1, max = 50 }}
-guidance_scale = {{ default = 0, min = 0, max = 5 }}
-sizes = [[32, 32], [48, 32]]
-warm_sizes = [[32, 32]]
-max_batch_size = 8
-[{spec.name}.schedulers]
-{schedulers}
-"""
+def _toml_lines(table: Mapping[str, Any]) -> str:
+    return "".join(f"{json.dumps(key)} = {_toml(value)}\n" for key, value in table.items() if value is not None)
+
+
+def _toml(value: Any) -> str:
+    """Texts, numbers and lists of them look as in JSON."""
+    if isinstance(value, Mapping):
+        pairs = (f"{json.dumps(key)} = {_toml(one)}" for key, one in value.items() if one is not None)
+        return f"{{ {', '.join(pairs)} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)

@@ -38,7 +38,9 @@ async def both(start_api: StartApi, redis_url: str, tmp_path_factory: pytest.Tem
     root: Path = tmp_path_factory.mktemp("checked")
     for name, threshold in (("open", 2.0), ("shut", -2.0)):
         make_safety_folder(root / name, threshold)
-    specs = [small_spec(root, name=name, safety_checker=str(root / name)) for name in ("open", "shut")]
+    specs = [
+        small_spec(root, name=name, max_batch_size=8, safety_checker=str(root / name)) for name in ("open", "shut")
+    ]
     catalog, prefix = write_catalog(root / "catalog.toml", specs), f"test-{uuid.uuid4().hex}"
     worker = Worker(WorkerSettings(redis_url=redis_url, redis_prefix=prefix, catalog=catalog, models="open,shut"))
     async with (

@@ -14,7 +14,6 @@ from models.catalog.specs import (
     Size,
     StepRange,
     StyleLora,
-    resolve_source,
 )
 
 __all__ = [
@@ -31,5 +30,4 @@ __all__ = [
     "UnknownModelError",
     "get_spec",
     "load_catalog",
-    "resolve_source",
 ]

@@ -190,9 +190,3 @@ class ModelSpec(_Entry):
     def public_revision(self) -> str:
         """What responses call `model_revision`."""
         return self.revision or "unpinned"
-
-
-def resolve_source(source: str) -> str:
-    """A folder path or a Hub repository id that diffusers' `from_pretrained` takes."""
-    kind, _, folder = source.partition(":")
-    return str(BUNDLED_PATH / folder) if kind == "bundled" else source

@@ -45,9 +45,10 @@ class LatentDiffusion(FewStepPipeline):
         tiny_vae: Any | None,
         safety: tuple[Any, Any] | None = None,
         scheduler_config: dict[str, Any],
+        revision: str,
         cuda_graphs: bool = False,
     ) -> None:
-        super().__init__(spec, device, dtype, scheduler_config)
+        super().__init__(spec, device, dtype, scheduler_config, revision)
         self._has_graphs = cuda_graphs and device.type == "cuda"
         self._rows = SharedRows() if device.type == "cpu" else None
         self.vae_scale_factor: int = pipe.vae_scale_factor

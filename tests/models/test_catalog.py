@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from models.catalog import CatalogError, UnknownModelError, get_spec, load_catalog, resolve_source
+from models.catalog import CatalogError, UnknownModelError, get_spec, load_catalog
+from tests.small_models import write_catalog
 
 MINIMAL = """
 [small]
@@ -28,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
 def test_the_shipped_catalog_loads() -> None:
     catalog = load_catalog()
     assert catalog["mini-lcm"].default_size == (64, 64)
-    assert Path(resolve_source(catalog["mini-lcm"].source)).name == "mini-sd"
+    assert catalog["mini-lcm"].source == "bundled:mini-sd"
 
 
 def test_defaults(tmp_path: Path) -> None:
@@ -109,6 +110,12 @@ def test_a_users_own_file_adds_and_replaces(tmp_path: Path) -> None:
     extra.write_text("[mine]", encoding="utf-8")
     with pytest.raises(CatalogError, match=r"own\.toml: \[mine\] description: Field required"):
         load_catalog(base, extra)
+
+
+def test_a_written_catalog_reads_back_as_it_was(tmp_path: Path) -> None:
+    """What the tests of other parts rely on."""
+    specs = load_catalog() | load_catalog(write(tmp_path, MINIMAL + LORA))
+    assert load_catalog(write_catalog(tmp_path / "again.toml", list(specs.values()))) == specs
 
 
 def test_unknown_model_lists_the_known(tmp_path: Path) -> None:

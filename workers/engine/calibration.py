@@ -45,7 +45,7 @@ def warm_up(engine: Engine, model: str, report: Progress = lambda _: None) -> Wa
     sizes = tuple(_measure_size(engine, spec, size, rows, report) for size in spec.warm_sizes)
     text_ms = _text_ms(runner.pipeline)
     runner.forget_prompts()
-    runner.warm_model = WarmModel(spec.name, spec.public_revision, spec.max_batch_size, text_ms, sizes)
+    runner.warm_model = WarmModel(spec.name, runner.pipeline.revision, spec.max_batch_size, text_ms, sizes)
     return runner.warm_model
 
 
