@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -295,10 +294,11 @@ class Parts:
     def networks(self) -> dict[str, nn.Module]:
         """By the names that tables call them."""
         names = {"text encoder": "text_encoder", "text encoder 2": "text_encoder_2", "UNet": "unet", "VAE": "vae"}
-        networks = {name: getattr(self.pipe, part, None) for name, part in names.items()}
+        networks: dict[str, Any] = {name: getattr(self.pipe, part, None) for name, part in names.items()}
         networks["tiny VAE"] = self.tiny_vae
-        decoders = {f"{name} decoder": networks[name].decoder for name in ("VAE", "tiny VAE") if networks[name]}
-        return {name: network for name, network in (networks | decoders).items() if network is not None}
+        for name in ("VAE", "tiny VAE"):
+            networks[f"{name} decoder"] = getattr(networks[name], "decoder", None)
+        return {name: network for name, network in networks.items() if network is not None}
 
     @property
     def num_bytes(self) -> int:
@@ -507,10 +507,13 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and id(storage := leaf.untyped_storage()) not in inputs:
-                if storage not in self._known:
-                    self._known[storage] = True
-                    self._peak.hold(storage)
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(output):
+            if storage._cdata not in given and storage not in self._known:
+                self._known[storage] = True
+                self._peak.hold(storage)
         return output
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

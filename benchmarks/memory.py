@@ -62,18 +62,18 @@ def estimate_all(names: Sequence[str]) -> list[Memory]:
 def estimate(architecture: Architecture, spec: ModelSpec) -> Memory:
     parts = build_parts(architecture, META, torch.float16)
     size = max(spec.sizes, key=math.prod)
-    weights = parts.num_bytes
-    step = peak_bytes(lambda: call_unet(architecture, parts, size, spec.max_batch_size))
-    decode = peak_bytes(lambda: call_decoder(parts, size)) if architecture.vae else 0
-    total = math.ceil((weights + step + decode) / 2**30 * 10) / 10
-    gib = (part / 2**30 for part in (weights, step, decode))
-    return Memory(spec.name, spec.max_batch_size, f"{size[0]}x{size[1]}", *gib, total, spec.memory_gib)
+    weights = parts.num_bytes / 2**30
+    step = peak_gib(lambda: call_unet(architecture, parts, size, spec.max_batch_size))
+    decode = peak_gib(lambda: call_decoder(parts, size)) if architecture.vae else 0.0
+    total = math.ceil((weights + step + decode) * 10) / 10
+    rows = spec.max_batch_size
+    return Memory(spec.name, rows, f"{size[0]}x{size[1]}", weights, step, decode, total, spec.memory_gib)
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
+def peak_gib(call: Callable[[], object]) -> float:
     with Peak() as peak:
         call()
-    return peak.num_bytes
+    return peak.num_bytes / 2**30
 
 
 def call_unet(architecture: Architecture, parts: Parts, size: Size, rows: int) -> object:

@@ -1,10 +1,11 @@
 """What each scheduler makes of the bundled model at 1 to 8 steps: a sheet of pictures, and how often they are right.
 
-    python -m benchmarks.sheets -o docs/images/schedulers.webp        # about two minutes of one core
+    python -m benchmarks.sheets -o docs/images/schedulers.webp        # about five minutes of two cores
 
-Every cell draws the same prompts with the same seeds, through the engine. Right means that the recogniser of the
-model's own evaluation sees the thing that was asked for, on a background of the colour that was asked for. The last row
-is a control: the model without its LCM-LoRA, by the solver and the guidance that suit it.
+Every cell draws the same prompts with the same seeds, through the engine, half of them of two things. Right means that
+the recogniser of the model's own evaluation sees what was asked for, each thing in its place, on a background of the
+colour that was asked for. Sharpness is its measure too. The last row is a control: the model without its LCM-LoRA, by
+the solver and the guidance that suit it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from benchmarks.report import write_report
 from broker.messages import Delivery
 from models.catalog import BUNDLED_PATH, ModelSpec, SchedulerSpec, get_spec, load_catalog
 from models.loading import load_pipeline
-from models.training.recognizer import MIN_CONTRAST, ColorNamer, Recognizer
+from models.training.recognizer import MIN_CONTRAST, ColorNamer, Recognizer, sharpness
 from models.training.reference import Reference, load_reference
 from workers.engine import Engine, Finished
 from workers.engine.engine import run_until_done
@@ -57,28 +59,31 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt, and the thing and the colour that it asks for, by their places in the reference."""
+    """One prompt, and the things and the colour that it asks for, by their places in the reference."""
 
     prompt: str
-    thing: int
+    things: tuple[int, ...]
+    is_column: bool
     color: int
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One scheduler at one number of steps: the share of right pictures and the 95 % interval of it (Wilson)."""
+    """One scheduler at one number of steps: the share of right pictures, the 95 % interval of it (Wilson), and
+    the mean difference between neighbouring pixels in 0 to 255."""
 
     scheduler: str
     steps: int
     right: float
     low: float
     high: float
+    sharpness: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini-lcm")
-    parser.add_argument("--prompts", type=int, default=96, help="per cell")
+    parser.add_argument("--prompts", type=int, default=80, help="per cell")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--schedulers", nargs="+", choices=[*SCHEDULERS, CONTROL], default=[*SCHEDULERS, CONTROL])
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -89,8 +94,9 @@ def main() -> None:
     cases = draw_lots(reference, options.prompts)
     spec = get_spec(load_catalog(), options.model)
     pictures = {row: draw_row(spec, row, options.steps, cases) for row in options.schedulers}
-    cells = list(judge(pictures, cases, reference))
-    print_cells(cells)
+    cells = list(Judge(reference).judge(pictures, cases))
+    print_cells("right pictures in percent (95 % interval)", cells, format_share)
+    print_cells("sharpness", cells, lambda cell: f"{cell.sharpness:.1f}")
     make_sheet(pictures).save(options.output, quality=80, method=6)
     write_report(options.json, vars(options), {"cells": cells, "prompts": [case.prompt for case in cases]})
 
@@ -99,25 +105,31 @@ def main() -> None:
 
 
 def draw_lots(reference: Reference, num_prompts: int) -> list[Case]:
-    """Things and backgrounds by chance, always the same."""
+    """Things and backgrounds by chance, always the same; every second prompt is of two things."""
     dice = random.Random(3)
-    things = dice.sample(range(len(reference.names)), num_prompts)
-    return [make_case(reference, thing, dice) for thing in things]
+    things = dice.sample(range(len(reference.names)), num_prompts + num_prompts // 2)
+    return [make_case(reference, things, number, dice) for number in range(num_prompts)]
 
 
-def make_case(reference: Reference, thing: int, dice: random.Random) -> Case:
-    names = list(reference.colors)
-    sprite = np.asarray(reference.sprites[thing], np.float32)
-    shares = [standing_out(sprite, reference.colors[name]) for name in names]
+def make_case(reference: Reference, things: list[int], number: int, dice: random.Random) -> Case:
+    """Takes its things from the end of the list."""
+    chosen = tuple(things.pop() for _ in range(1 + number % 2))
+    colors = list(reference.colors.values())
+    shares = [min(standing_out(reference.sprites[thing], color) for thing in chosen) for color in colors]
     color = dice.choice([index for index, share in enumerate(shares) if share >= min(MIN_STANDING_OUT, max(shares))])
-    name = reference.names[thing][0]
-    article = "an" if name[0] in "aeiou" else "a"
-    return Case(f"{article} {name} on a {names[color]} background", thing, color)
+    is_column = number % 4 == 3
+    words = (" above " if is_column else " next to ").join(with_article(reference.names[thing][0]) for thing in chosen)
+    return Case(f"{words} on a {list(reference.colors)[color]} background", chosen, is_column, color)
 
 
-def standing_out(sprite: NDArray[np.float32], rgb: tuple[int, int, int]) -> float:
+def with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def standing_out(sprite: Image.Image, rgb: tuple[int, int, int]) -> float:
     """The share of a thing's pixels that differ from a background."""
-    visible = sprite[sprite[..., 3] > 128][:, :3]
+    pixels = np.asarray(sprite, np.float32)
+    visible = pixels[pixels[..., 3] > 128][:, :3]
     return float((np.abs(visible - np.asarray(rgb)).max(axis=1) > MIN_CONTRAST).mean())
 
 
@@ -144,15 +156,27 @@ def draw_cell(engine: Engine, spec: ModelSpec, steps: int, guidance: float, case
 # Judging
 
 
-def judge(
-    pictures: Mapping[str, Mapping[int, Sequence[Pixels]]], cases: Sequence[Case], reference: Reference
-) -> Iterator[Cell]:
-    recognizer, namer = Recognizer(reference.sprites), ColorNamer(list(reference.colors.values()))
-    for row, columns in pictures.items():
-        for steps, cell in columns.items():
-            pairs = list(zip(cases, cell, strict=True))
-            seen = [(recognizer.single(picture), namer.name(picture)) == (it.thing, it.color) for it, picture in pairs]
-            yield Cell(row, steps, sum(seen) / len(seen), *wilson(sum(seen), len(seen)))
+class Judge:
+    """Sees what is in a picture."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._recognizer = Recognizer(reference.sprites)
+        self._namer = ColorNamer(list(reference.colors.values()))
+
+    def judge(self, pictures: Mapping[str, Mapping[int, Sequence[Pixels]]], cases: Sequence[Case]) -> Iterator[Cell]:
+        for row, columns in pictures.items():
+            for steps, cell in columns.items():
+                right = sum(self.is_right(case, picture) for case, picture in zip(cases, cell, strict=True))
+                looks = statistics.fmean(sharpness(picture) for picture in cell)
+                yield Cell(row, steps, right / len(cell), *wilson(right, len(cell)), looks)
+
+    def is_right(self, case: Case, picture: Pixels) -> bool:
+        return (self._see(case, picture), self._namer.name(picture)) == (case.things, case.color)
+
+    def _see(self, case: Case, picture: Pixels) -> tuple[int | None, ...]:
+        if len(case.things) == 1:
+            return (self._recognizer.single(picture),)
+        return self._recognizer.pair(picture, vertical=case.is_column)
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -163,15 +187,15 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
-def print_cells(cells: Sequence[Cell]) -> None:
+def print_cells(title: str, cells: Sequence[Cell], show: Callable[[Cell], str]) -> None:
     steps = list(dict.fromkeys(cell.steps for cell in cells))
-    print(f"| scheduler | {' | '.join(map(str, steps))} |\n| --- |{' ---: |' * len(steps)}")
+    print(f"\n| {title} | {' | '.join(map(str, steps))} |\n| --- |{' ---: |' * len(steps)}")
     for row in dict.fromkeys(cell.scheduler for cell in cells):
-        print(f"| {row} | {' | '.join(format_cell(cell) for cell in cells if cell.scheduler == row)} |")
+        print(f"| {row} | {' | '.join(show(cell) for cell in cells if cell.scheduler == row)} |")
 
 
-def format_cell(cell: Cell) -> str:
-    return f"{cell.right * 100:.0f} ({cell.low * 100:.0f}-{cell.high * 100:.0f})"
+def format_share(cell: Cell) -> str:
+    return f"{cell.right * 100:.0f} ({cell.low * 100:.0f} to {cell.high * 100:.0f})"
 
 
 # The sheet
