@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MODELS = ["lcm-dreamshaper-v7", "sdxl-turbo-lora"]  # between them: both text families, guidance embedded, a LoRA
 
 
+@pytest.mark.timeout(300)
 def test_each_model_is_served_and_measured(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.models", "--small", "--pictures", "3", "--json", str(path)]
