@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +30,16 @@ class Oracle:
             parts = self._pipe.components | {"scheduler": diffusers.LCMScheduler.from_config(self._config)}
             self._pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
             self._pipe.set_progress_bar_config(disable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that there are several is the point
+            for name, entry in spec.loras.items():
+                self._pipe.load_lora_weights(entry.source, weight_name=entry.weight_name, adapter_name=name)
 
     def draw(self, params: SamplingParams) -> Pixels:
         scheduler = self._spec.schedulers[params.scheduler]
         scheduler_class: Any = getattr(diffusers, scheduler.class_name)
         self._pipe.scheduler = scheduler_class.from_config(self._config, **scheduler.config)
+        self._use_loras(params)
         negative = {} if params.negative_prompt is None else {"negative_prompt": params.negative_prompt}
         images = self._pipe(
             params.prompt,
@@ -46,6 +52,13 @@ class Oracle:
             **negative,
         ).images
         return np.stack([np.asarray(image) for image in images])
+
+    def _use_loras(self, params: SamplingParams) -> None:
+        if params.loras:
+            self._pipe.enable_lora()
+            self._pipe.set_adapters([lora.name for lora in params.loras], [lora.weight for lora in params.loras])
+        elif self._spec.loras:
+            self._pipe.disable_lora()
 
 
 def draw(engine: Engine, *all_params: SamplingParams) -> list[Pixels]:
