@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from commands.console import configure_logging, console, fail, hush_libraries, say
 from commands.keys import keys_app
 from commands.models import models_app
-from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, die_with_parent
+from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, Terminal, die_with_parent
 
 if TYPE_CHECKING:
     from app.settings import GatewaySettings
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from broker.messages import Job
     from models.catalog import ModelSpec
     from workers.settings import WorkerSettings
-    from workers.worker import Report
+    from workers.warm_set import Report
 
 logger = logging.getLogger("fewstep")
 
@@ -127,7 +127,7 @@ def gateway() -> None:
 
     configure_logging()
     try:
-        run(GatewaySettings.load())
+        run(GatewaySettings.load(), Terminal().has_hung_up)
     except (SettingsError, BrokerError, CatalogError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -145,15 +145,14 @@ def worker() -> None:
     from broker.errors import BrokerError
     from broker.settings import SettingsError
     from models.catalog import CatalogError
-    from models.loading import LoadError
-    from workers.engine.calibration import WarmUpError
     from workers.settings import WorkerSettings
+    from workers.warm_set import NothingToServe
     from workers.worker import EngineLost
 
     configure_logging()
     try:
         asyncio.run(_run_worker(WorkerSettings.load()))
-    except (SettingsError, LoadError, WarmUpError, CatalogError) as error:
+    except (SettingsError, NothingToServe, CatalogError) as error:
         fail(str(error))
     except BrokerError as error:
         fail(str(error), status=1)
@@ -170,6 +169,10 @@ async def _run_worker(settings: WorkerSettings) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, worker.request_stop)
+        terminal = Terminal()
+        loop.add_signal_handler(
+            signal.SIGHUP, lambda: worker.request_stop() if terminal.has_hung_up() else worker.reload()
+        )
         await worker.serve()
 
 
@@ -272,14 +275,16 @@ def _load_progress(settings: WorkerSettings) -> Iterator[Report]:
     from workers.worker import place
 
     catalog, (device, _) = load_catalog(settings.catalog, settings.extra_catalog), place(settings)
-    total = sum(1 + num_warm_ups(get_spec(catalog, name), device) for name in settings.model_names)
+    stages = {name: 2 + num_warm_ups(get_spec(catalog, name), device) for name in settings.model_names}
+    done = dict.fromkeys(stages, 0)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=total)
+        task = progress.add_task("starting", total=sum(stages.values()))
 
         def report(model: str, detail: str) -> None:
-            progress.update(task, description=f"{model}: {detail}")
-            progress.advance(task)
+            is_over = detail in ("warm", "failed")
+            done[model] = stages[model] if is_over else min(done[model] + 1, stages[model])
+            progress.update(task, description=f"{model}: {detail}", completed=sum(done.values()))
             if progress.finished:
                 progress.stop()
 

@@ -1,7 +1,8 @@
 """The parent of `fewstep serve`: starts gateway and worker as processes of their own and keeps them running.
 
 Children die with their parent, whatever ends it. A child that crashes is started again after a pause; one that can't
-work (exit status EX_CONFIG: a bad setting, a damaged model) ends everything, since a restart wouldn't help.
+work (exit status EX_CONFIG: a bad setting, a damaged model) ends everything, since a restart wouldn't help. SIGHUP is
+passed on to the children, which read the catalog again, unless it came with the end of the terminal.
 """
 
 from __future__ import annotations
@@ -35,6 +36,25 @@ class ChildFailed(Exception):
         self.name = name
 
 
+class Terminal:
+    """The terminal that this process was started from, if it was from one."""
+
+    def __init__(self) -> None:
+        is_heeded = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as nohup sets it
+        self._was_there = is_heeded and self._is_there()
+
+    def has_hung_up(self) -> bool:
+        """Whether a SIGHUP comes from its end: then everything ends with it. Any other one is an order to reload."""
+        return self._was_there and not self._is_there()
+
+    def _is_there(self) -> bool:
+        try:
+            os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+        except OSError:
+            return False
+        return True
+
+
 @dataclass
 class Child:
     """One process under supervision: `arguments` of the fewstep command, `environment` beside our own."""
@@ -52,9 +72,16 @@ class Child:
 
     def start(self) -> None:
         environment = os.environ | self.environment | {PARENT_VARIABLE: str(os.getpid())}
+        # Before it has read its catalog a SIGHUP has nothing to tell it, and would end it.
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # A session of its own: Ctrl-C reaches the parent alone, which stops its children in order.
         self.process = subprocess.Popen([*self.command, *self.arguments], env=environment, start_new_session=True)
+        signal.signal(signal.SIGHUP, handler)
         self.started_s = time.monotonic()
+
+    def hang_up(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
         if self.process is None or self.process.poll() is not None:
@@ -69,12 +96,14 @@ class Child:
 
 
 class Supervisor:
-    """Runs `children` until SIGINT or SIGTERM; stops them in their order. `tend` is called ten times a second."""
+    """Runs `children` until SIGINT, SIGTERM or the end of its terminal; stops them in their order. `tend` is called ten
+    times a second."""
 
     def __init__(self, children: Sequence[Child], tend: Callable[[], None] = lambda: None) -> None:
         self._children = children
         self._tend = tend
         self._stopping = threading.Event()
+        self._must_hang_up = False
 
     def run(self, is_up: Callable[[], bool], on_up: Callable[[], None]) -> None:
         """Blocks. Calls `on_up` once, as soon as `is_up` says so. Raises ChildFailed."""
@@ -93,6 +122,7 @@ class Supervisor:
             self._tend()
             for child in self._children:
                 self._look_after(child)
+            self._pass_on_hangup()
             if not was_up and is_up():
                 was_up = True
                 on_up()
@@ -113,12 +143,24 @@ class Supervisor:
         child.process = None
         logger.error("%s ended (%s); starting it again in %.1f s", child.name, _describe(status), child.pause_s)
 
+    def _pass_on_hangup(self) -> None:
+        if self._must_hang_up:
+            self._must_hang_up = False
+            for child in self._children:
+                child.hang_up()
+
     def _catch_signals(self) -> None:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
+        terminal = Terminal()
+
+        def hear_hangup(*_: object) -> None:
+            if terminal.has_hung_up():
+                self._stopping.set()
+            else:
+                self._must_hang_up = True
+
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self._stopping.set())
+        signal.signal(signal.SIGHUP, hear_hangup)
 
 
 def die_with_parent() -> None:

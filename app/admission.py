@@ -19,7 +19,7 @@ from app.errors import (
     RateExceeded,
     raises,
 )
-from app.fleet import Fleet, find_warm, make_forecast
+from app.fleet import Fleet, find_standing, find_warm, make_forecast
 from app.metrics import Metrics
 from app.policy import PromptPolicy
 from broker.errors import BrokerError, BrokerUnavailable, IdempotencyConflict, QueueFull, ResultStoreFull, TooLate
@@ -71,18 +71,19 @@ class Admission:
         return preferred if preferred in allowed else next(iter(allowed), preferred)
 
     @raises(
-        *(Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed, DeadlineTooShort),
+        *(UnknownModelError, Forbidden, ModelNotReady, RateExceeded, PromptBlocked, PromptCheckFailed),
+        DeadlineTooShort,
         *(Overloaded, IdempotencyConflict, BrokerUnavailable, BrokerError),
     )
     async def submit(self, job: Job, caller: Caller, terms: Terms | None = None) -> Submitted:
-        """Raises Forbidden, ModelNotReady, DeadlineTooShort, RateExceeded, PromptBlocked, PromptCheckFailed,
-        Overloaded, IdempotencyConflict or BrokerUnavailable.
+        """Raises UnknownModelError, Forbidden, ModelNotReady, DeadlineTooShort, RateExceeded, PromptBlocked,
+        PromptCheckFailed, Overloaded, IdempotencyConflict or BrokerUnavailable.
 
         The answer may be an older request; `terms` say when. Weight and forecast are filled in here.
         """
         check_lane(job.lane, caller)
-        workers = await self._check_ready(job.model)
-        spec = self._catalog[job.model]
+        spec = get_spec(self._catalog, job.model)
+        workers = await self._check_ready(job.model, caller)
         forecast = make_forecast(workers, job.params, spec)
         check_deadline(job.deadline_ms, forecast)
         await self._rates.take(job, caller)
@@ -101,14 +102,14 @@ class Admission:
         self._metrics.admitted.labels(job.model, submitted.origin).inc()
         return submitted
 
-    async def _check_ready(self, model: str) -> list[WorkerInfo]:
+    async def _check_ready(self, model: str, caller: Caller) -> list[WorkerInfo]:
         """The live workers, one of which holds the model warm."""
         workers = await self._fleet.workers()
-        if find_warm(workers, model):
+        standing = find_standing(workers, model)
+        if standing.state == "warm":
             return workers
-        doing = [f"{worker.worker_id} is {worker.state} {worker.detail}".rstrip() for worker in workers]
-        state = f" ({'; '.join(doing)})" if doing else " (no worker is running)"
-        message = f"no worker holds {model} ready yet{state}"
+        others = [name for name in self.models_of(caller) if find_warm(workers, name)]
+        message = f"no worker keeps {model} warm: {standing.detail}; warm now: {', '.join(others) or 'none'}"
         raise ModelNotReady(message, param="model", retry_after_ms=NOT_READY_RETRY_MS)
 
 

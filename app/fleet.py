@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from broker.messages import SamplingParams, WarmModel, WorkerInfo, cost_at
 from broker.redis_broker import RedisBroker
@@ -12,6 +14,8 @@ from broker.terms import Forecast
 from models.catalog import ModelSpec
 
 WORKERS_CACHE_S = 1.0
+UNDER_WAY = {"waiting": "has yet to load it", "loading": "loads it", "warming": "warms it"}
+ModelState = Literal["warm", "loading", "failed", "cold"]
 
 
 class Fleet:
@@ -40,6 +44,29 @@ def find_warm(workers: Iterable[WorkerInfo], model: str) -> list[tuple[WorkerInf
         for warm in worker.warm_models
         if warm.model == model
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a model stands with all workers together; `detail` says which worker does what, or why none does."""
+
+    state: ModelState
+    detail: str
+
+
+def find_standing(workers: Sequence[WorkerInfo], model: str) -> Standing:
+    """Warm where any worker keeps it so, else loading where any is about to, else failed where any tried."""
+    if warm := find_warm(workers, model):
+        return Standing("warm", f"on {', '.join(worker.worker_id for worker, _ in warm)}")
+    told = [(worker, status) for worker in workers for status in worker.models if status.model == model]
+    under_way = [(worker, status) for worker, status in told if status.state in UNDER_WAY]
+    if under_way:
+        return Standing("loading", "; ".join(f"{w.worker_id} {UNDER_WAY[s.state]}" for w, s in under_way))
+    if failed := [(worker, status) for worker, status in told if status.state == "failed"]:
+        return Standing("failed", "; ".join(f"{w.worker_id} failed to load it: {s.detail}" for w, s in failed))
+    if draining := [worker.worker_id for worker, status in told if worker.state == "draining"]:
+        return Standing("cold", f"{', '.join(draining)} is ending")
+    return Standing("cold", "no worker has it in its FEWSTEP_MODELS" if workers else "no worker is running")
 
 
 def make_forecast(workers: Iterable[WorkerInfo], params: SamplingParams, spec: ModelSpec) -> Forecast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,6 +9,7 @@ from app.access.callers import Caller
 from app.access.keys import KeyRing
 from app.access.signing import Signer
 from app.admission import Admission
+from app.catalog import ServedCatalog
 from app.fleet import Fleet
 from app.metrics import Metrics
 from app.replies import Replies
@@ -29,7 +29,7 @@ class Gateway:
     """Alive from startup to shutdown; routes reach it by `app.dependencies`."""
 
     settings: GatewaySettings
-    catalog: Mapping[str, ModelSpec]
+    catalog: ServedCatalog
     broker: RedisBroker
     replies: Replies
     fleet: Fleet

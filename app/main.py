@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import random
+import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar, cast
 
 import uvicorn
@@ -22,6 +24,7 @@ from app.access.keys import KeyRing
 from app.access.rates import Rates
 from app.access.signing import Signer
 from app.admission import Admission, new_request_id
+from app.catalog import ServedCatalog
 from app.errors import ErrorAnswer
 from app.fleet import Fleet
 from app.gateway import Gateway
@@ -41,7 +44,6 @@ from broker.errors import BrokerUnavailable
 from broker.redis_broker import RedisBroker
 from broker.settings import SettingsError
 from broker.terms import Limits
-from models.catalog import ModelSpec, UnknownModelError, get_spec, load_catalog
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 3.0
 REMIND_INTERVAL_S = 10.0
@@ -60,7 +62,7 @@ class Setup:
     """What a gateway is made of before it connects to anything."""
 
     settings: GatewaySettings
-    catalog: dict[str, ModelSpec]
+    catalog: ServedCatalog
     keys: KeyRing
     metrics: Metrics
     policy: PromptPolicy
@@ -70,8 +72,7 @@ def make_setup(settings: GatewaySettings) -> Setup:
     """Raises SettingsError, or CatalogError where the catalog can't be read."""
     check_exposure(settings)
     check_room(settings)
-    catalog = load_catalog(settings.catalog, settings.extra_catalog)
-    check_default_model(settings, catalog)
+    catalog = ServedCatalog(settings)
     metrics = Metrics()
     policy = PromptPolicy(load_prompt_check(settings.prompt_check), settings.prompt_check_timeout_s, metrics)
     return Setup(settings, catalog, KeyRing(settings), metrics, policy)
@@ -93,16 +94,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     for routes in (generations, openai_images, live, models, health, page):
         app.include_router(routes.router, max_body_size=settings.max_body_bytes)
     app.mount("/static", page.PageFiles(), name="static")
+    app.state.catalog = setup.catalog
     describe_app = partial(describe, app, setup.catalog, settings, has_keys=setup.keys.is_used)
-    app.openapi = cache(describe_app)  # type: ignore[method-assign]
+    describe_version = lru_cache(maxsize=1)(lambda _version: describe_app())
+    app.openapi = lambda: describe_version(setup.catalog.version)  # type: ignore[method-assign]
     return app
-
-
-def check_default_model(settings: GatewaySettings, catalog: dict[str, ModelSpec]) -> None:
-    try:
-        get_spec(catalog, settings.default_model)
-    except UnknownModelError as error:
-        raise SettingsError(f"FEWSTEP_DEFAULT_MODEL={settings.default_model!r}: {error}") from error
 
 
 def add_middleware(app: FastAPI, settings: GatewaySettings, metrics: Metrics) -> None:
@@ -195,7 +191,26 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
 
 
 class GatewayServer(uvicorn.Server):
-    """Tells open live sockets when to come back before uvicorn closes them."""
+    """Tells open live sockets when to come back before uvicorn closes them. SIGHUP reads the catalog again, unless
+    `has_hung_up` says that it came with the end of the terminal."""
+
+    has_hung_up: Callable[[], bool] = staticmethod(lambda: False)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        if threading.current_thread() is not threading.main_thread():  # where uvicorn takes no signals either
+            return await super().serve(sockets)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self.handle_hangup)
+        try:
+            await super().serve(sockets)
+        finally:
+            loop.remove_signal_handler(signal.SIGHUP)
+
+    def handle_hangup(self) -> None:
+        if self.has_hung_up():
+            self.should_exit = True
+        else:
+            cast(FastAPI, self.config.app).state.catalog.reload()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if gateway := cast("Gateway | None", self.lifespan.state.get("gateway")):
@@ -232,11 +247,12 @@ def make_server(settings: GatewaySettings) -> GatewayServer:
     return GatewayServer(config)
 
 
-def run(settings: GatewaySettings) -> None:
-    """Serves until a signal comes. Raises SettingsError, CatalogError or RedisTooOld, KeyboardInterrupt while it waits
-    for Redis."""
+def run(settings: GatewaySettings, has_hung_up: Callable[[], bool]) -> None:
+    """Serves until a signal comes; `has_hung_up` says whether a SIGHUP is one that ends it. Raises SettingsError,
+    CatalogError or RedisTooOld, KeyboardInterrupt while it waits for Redis."""
     configure_logging(settings)
     server = make_server(settings)
+    server.has_hung_up = has_hung_up
     listener = bind(settings)
     asyncio.run(check_redis(settings))
     prepare_process(settings.max_connections)

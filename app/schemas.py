@@ -34,8 +34,10 @@ class _Request(BaseModel):
 
 
 class LoraChoice(_Request):
+    """A style LoRA of the model; without a weight the LoRA's own default."""
+
     name: Name
-    weight: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
 
 
 class GenerationFields(_Request):
@@ -291,6 +293,14 @@ class Liveness(BaseModel):
     status: Literal["alive", "reader stopped"]
 
 
+class ModelStanding(BaseModel):
+    """One model of a worker; `detail` is what is being done to it, or why it failed."""
+
+    model: str
+    state: Literal["waiting", "loading", "warming", "warm", "failed"]
+    detail: str
+
+
 class WorkerState(BaseModel):
     worker_id: str
     state: str
@@ -298,14 +308,16 @@ class WorkerState(BaseModel):
     device: str
     warm_models: list[str]
     num_running: int
+    models: list[ModelStanding]
 
 
 class Readiness(BaseModel):
-    """`models` are those that some live worker holds warm."""
+    """`models` are those that some live worker holds warm, `failed` why others could not be loaded, by worker."""
 
     ready: bool
     redis: Literal["ok", "unavailable"]
     models: list[str]
+    failed: dict[str, dict[str, str]]
     workers: list[WorkerState]
 
 
@@ -342,8 +354,23 @@ class Limit(BaseModel):
     max: int | float
 
 
+class LoraCard(BaseModel):
+    """A style LoRA that requests to the model may ask for. `trigger` are words that the prompt should have, if any."""
+
+    name: str
+    description: str
+    weight: Limit
+    trigger: str
+    license: str
+    license_note: str
+
+
 class ModelCard(BaseModel):
-    """A catalog entry; the first four fields are what OpenAI clients read."""
+    """A catalog entry; the first four fields are what OpenAI clients read.
+
+    `ready` and `state` "warm" are the same; `state_detail` says which worker does what, or why none does. `num_classes`
+    is null for a model that draws any prompt; the prompts of another are names of its classes.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -351,6 +378,8 @@ class ModelCard(BaseModel):
     owned_by: str = "fewstep"
     description: str
     ready: bool
+    state: Literal["warm", "loading", "failed", "cold"]
+    state_detail: str
     model_revision: str
     license: str
     license_note: str
@@ -360,10 +389,12 @@ class ModelCard(BaseModel):
     guidance_scale: Limit
     schedulers: list[str]
     default_scheduler: str
+    loras: list[LoraCard]
     max_num_images: int
     max_prompt_chars: int
     has_tiny_decoder: bool
     has_safety_checker: bool
+    num_classes: int | None
     example_prompts: list[str]
     deprecated: str | None
     sunset: str | None

@@ -42,13 +42,14 @@ from benchmarks.prompts import endless_prompts
 from benchmarks.report import write_report
 from benchmarks.servers import READY_WITHIN_S, CpuMeter, signal_group
 from broker.embedded import EmbeddedRedis
-from broker.messages import Abort, Accepted, Completed, Delivery, Job, Preview, Started, WarmModel
+from broker.messages import Abort, Accepted, Completed, Delivery, Job, ModelStatus, Preview, Started, WarmModel
 from broker.redis_broker import RedisBroker
 from broker.terms import Limits
 from models.catalog import get_spec, load_catalog
 from models.pipeline import Conditioning
-from workers.engine import Engine, EngineOutput
+from workers.engine import EngineOutput
 from workers.engine.request import Denoising, RequestState
+from workers.engine.runner import ModelRunner
 from workers.engine_thread import EngineThread
 from workers.settings import WorkerSettings
 from workers.worker import Worker
@@ -66,11 +67,11 @@ class ThreadWorker(Worker):
     How far it pays is measured at each start and differs from one to the next, where two sizes are about as good.
     """
 
-    def _warm_up(self, engine: Engine, model: str) -> WarmModel:
-        measured = super()._warm_up(engine, model)
-        sizes = tuple(replace(costs, max_rows=measured.max_batch_size) for costs in measured.sizes)
-        engine.runners[model].warm_model = warm_model = replace(measured, sizes=sizes)
-        return warm_model
+    def _welcome(self, runner: ModelRunner) -> None:
+        assert runner.warm_model is not None, "a runner is welcomed once it is warm"
+        sizes = tuple(replace(costs, max_rows=runner.warm_model.max_batch_size) for costs in runner.warm_model.sizes)
+        runner.warm_model = replace(runner.warm_model, sizes=sizes)
+        super()._welcome(runner)
 
 
 # The engine in a process
@@ -94,28 +95,38 @@ class Ended:
 Report = Built | Ended | list[EngineOutput]
 
 
+class RemoteModels:
+    """What the worker asks of its WarmSet, as the child told it."""
+
+    def __init__(self) -> None:
+        self.ready: Future[None] = Future()
+        self.warm_models: tuple[WarmModel, ...] = ()
+        self.statuses: tuple[ModelStatus, ...] = ()
+
+    def give_up(self) -> None: ...
+
+
 class EngineProcess:
     """What EngineThread offers, with the engine in a child process.
 
-    `on_warm` hears what the warm-up measured and `on_outputs` gets what is ready, without tensors; both are called on
-    a thread of this process and must only hand over. Times of the two processes compare, as both clocks are the
+    `models` hears what the warm-up measured and `on_outputs` gets what is ready, without tensors; it is called on a
+    thread of this process and must only hand over. Times of the two processes compare, as both clocks are the
     system's on Linux. The child ends with this process: then its pipe has an end.
     """
 
     def __init__(
         self,
         settings: WorkerSettings,
-        on_warm: Callable[[tuple[WarmModel, ...]], None],
+        models: RemoteModels,
         on_outputs: Callable[[list[EngineOutput]], None],
     ) -> None:
-        self._on_warm, self._on_outputs = on_warm, on_outputs
+        self._models, self._on_outputs = models, on_outputs
         commands, self._commands = SPAWN.Pipe(duplex=False)
         self._reports, reports = SPAWN.Pipe(duplex=False)
         self._ends_of_child = (commands, reports)
         self._progress_s = SPAWN.RawValue("d", time.monotonic())
         arguments = (settings, commands, reports, self._progress_s)
         self._process = SPAWN.Process(target=run_engine, args=arguments, name="engine", daemon=True)
-        self.built: Future[None] = Future()
         self.ended: Future[None] = Future()
 
     def start(self) -> None:
@@ -153,7 +164,7 @@ class EngineProcess:
             while True:
                 self._hear(self._reports.recv())
         except EOFError:
-            for future in (self.built, self.ended):
+            for future in (self._models.ready, self.ended):
                 if not future.done():
                     settle(future, ChildProcessError("the engine's process has ended"))
 
@@ -161,8 +172,8 @@ class EngineProcess:
         match report:
             case Built(warm_models=warm_models, error=error):
                 self._progress_s.value = time.monotonic()  # the child's own word comes within a second
-                self._on_warm(warm_models)
-                settle(self.built, error)
+                self._models.warm_models = warm_models
+                settle(self._models.ready, error)
             case Ended(error=error):
                 settle(self.ended, error)
             case outputs:
@@ -189,8 +200,11 @@ class EngineHost(ThreadWorker):
         outbox: queue.SimpleQueue[Report | None] = queue.SimpleQueue()  # a full pipe must not hold up a step
         sender = threading.Thread(target=send_all, args=(outbox, reports), name="sender")
         sender.start()
-        engine = EngineThread(self._build_engine, lambda outputs: outbox.put([lighten(output) for output in outputs]))
-        engine.built.add_done_callback(lambda built: outbox.put(Built(self._warm_models, built.exception())))
+        models = self._warm_set
+        engine = EngineThread(
+            self._build_engine, lambda outputs: outbox.put([lighten(output) for output in outputs]), models.start
+        )
+        models.ready.add_done_callback(lambda ready: outbox.put(Built(models.warm_models, ready.exception())))
         engine.ended.add_done_callback(lambda ended: outbox.put(Ended(ended.exception())))
         engine.start()
         with contextlib.suppress(EOFError):
@@ -208,6 +222,9 @@ class EngineHost(ThreadWorker):
         engine.stop(PATIENCE_S)
         outbox.put(None)
         sender.join()
+
+    def _tell_news(self) -> None:
+        """There is no event loop here; `Built` tells the parent."""
 
 
 def send_all(outbox: queue.SimpleQueue[Report | None], reports: Connection) -> None:
@@ -236,11 +253,9 @@ class ProcessWorker(ThreadWorker):
 
     def __init__(self, settings: WorkerSettings) -> None:
         super().__init__(settings)
-        engine: Any = EngineProcess(settings, self._keep_warm_models, self._hand_over)
-        self._engine = engine
-
-    def _keep_warm_models(self, warm_models: tuple[WarmModel, ...]) -> None:
-        self._warm_models = warm_models
+        models: Any = RemoteModels()
+        engine: Any = EngineProcess(settings, models, self._hand_over)
+        self._warm_set, self._engine = models, engine
 
 
 Program = Literal["thread", "process"]

@@ -273,8 +273,17 @@ class WarmModel:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """How one model of a worker is; `detail` is what is being done to it, or why it failed."""
+
+    model: str
+    state: Literal["waiting", "loading", "warming", "warm", "failed"]
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker says of itself with every heartbeat."""
+    """What a worker says of itself with every heartbeat. `models` are all that it was told to keep warm."""
 
     worker_id: str
     state: Literal["starting", "ready", "draining"]
@@ -283,6 +292,7 @@ class WorkerInfo:
     warm_models: tuple[WarmModel, ...] = ()
     num_running: int = 0
     detail: str = ""
+    models: tuple[ModelStatus, ...] = ()
 
 
 # On the wire

@@ -17,9 +17,11 @@ from torch.jit._trace import TracerWarning
 
 T = TypeVar("T")
 
+jit: Any = torch._C
+
 
 class Traced(Generic[T]):
-    """`network`, recorded (`torch.jit.trace`) when a picture size is first seen and replayed from then on.
+    """`network`, recorded (by TorchScript's tracer) when a picture size is first seen and replayed from then on.
 
     All inputs have their rows in the first dimension.
     """
@@ -43,6 +45,8 @@ def _record(network: Callable[..., T], inputs: tuple[Tensor, ...]) -> Callable[.
     with warnings.catch_warnings():
         # What depends on the picture's size may be fixed, since each size has its own recording.
         warnings.simplefilter("ignore", TracerWarning)
-        # Of its successors torch.export keeps the interpreter, and torch.compile takes a minute to start.
-        warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
-        return cast(Callable[..., T], cast(Any, torch.jit.trace)(network, two_rows, check_trace=False))
+        # What torch.jit.trace itself does, but that it would keep every recording, and with it the network's weights,
+        # for as long as the process lives. Of its successors torch.export keeps the interpreter, and torch.compile
+        # takes a minute to start.
+        graph, _ = jit._create_graph_by_tracing(network, two_rows, lambda _: "", True, False)
+        return cast(Callable[..., T], jit._create_function_from_graph("network", graph))

@@ -11,13 +11,13 @@ from models.catalog import ModelSpec
 class Holdings:
     """A request is owned from delivery until its end is in Redis; it takes rows until the engine is done with it.
 
-    `max_rows` is how many rows of each model are held: about one batch. What waits beyond it waits in the queue, where
-    its order can still change.
+    `max_rows` is how many rows of each warm model are held: about one batch. What waits beyond it waits in the queue,
+    where its order can still change.
     """
 
     def __init__(self, specs: Mapping[str, ModelSpec]) -> None:
         self._specs = specs
-        self.max_rows = {name: spec.max_batch_size for name, spec in specs.items()}
+        self.max_rows: dict[str, int] = {}
         self._owned: dict[str, Delivery] = {}
         self._rows: dict[str, int] = {}
 
@@ -55,9 +55,9 @@ class Holdings:
         return delivery.job.lane == "live" or self.room(delivery.job.model) > 0
 
     def room(self, model: str) -> int:
-        """Rows of `model` that may still be taken."""
+        """Rows of `model` that may still be taken; none while it isn't warm."""
         held = (rows for request_id, rows in self._rows.items() if self._owned[request_id].job.model == model)
-        return max(0, self.max_rows[model] - sum(held))
+        return max(0, self.max_rows.get(model, 0) - sum(held))
 
     def _count_rows(self, delivery: Delivery) -> int:
         params = delivery.job.params

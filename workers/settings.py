@@ -7,7 +7,7 @@ import socket
 import uuid
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from broker.settings import SharedSettings
 from models.catalog import CATALOG_PATH
@@ -20,9 +20,11 @@ class WorkerSettings(SharedSettings):
     models: str = Field("mini-lcm", pattern=r"[^\s,]", description="catalog entries to keep warm, separated by commas")
     catalog: Path = CATALOG_PATH
     lock_file: Path = Field(LOCK_FILE, description="commits and checksums of what comes from the Hub")
+    memory_gib: float | None = Field(None, gt=0, description="for all models together; what is free if none")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes CUDA where there is one")
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
     cuda_graphs: bool = Field(False, description="replay networks as CUDA graphs")
+    max_loras: int = Field(16, ge=1, description="style LoRAs of each model that stay in memory")
     worker_metrics_host: str = "127.0.0.1"
     worker_metrics_port: int = Field(0, ge=0, le=65535, description="0: no metrics endpoint")
     lease_s: float = Field(15.0, gt=0, description="a worker silent for this long loses its requests to another")
@@ -32,7 +34,13 @@ class WorkerSettings(SharedSettings):
 
     @property
     def model_names(self) -> list[str]:
-        return [name.strip() for name in self.models.split(",") if name.strip()]
+        """The most important one first."""
+        return list(dict.fromkeys(name.strip() for name in self.models.split(",") if name.strip()))
+
+    @field_validator("memory_gib", mode="before")
+    @classmethod
+    def _nothing_is_none(cls, value: object) -> object:
+        return None if value == "" else value
 
 
 def new_worker_id() -> str:

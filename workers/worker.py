@@ -6,6 +6,7 @@ The event loop only talks to Redis; the device belongs to the engine thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import random
@@ -16,27 +17,29 @@ from typing import Any, Literal, cast
 import torch
 
 from broker.errors import BrokerError, BrokerUnavailable
-from broker.messages import Abort, Delivery, WarmModel, WorkerInfo
+from broker.messages import Abort, Delivery, WorkerInfo
 from broker.redis_broker import RedisBroker
 from broker.renewal import LeaseRenewer
 from broker.settings import SettingsError
-from models.catalog import ModelSpec, get_spec, load_catalog
+from models.catalog import CatalogError, ModelSpec, get_spec, load_catalog
 from models.loading import default_device, default_dtype, load_pipeline
+from models.networks import Networks
 from workers.engine import Engine, EngineOutput, PreviewReady
-from workers.engine.calibration import batch_sizes, warm_up
+from workers.engine.calibration import batch_sizes
 from workers.engine.runner import ModelRunner
 from workers.engine_thread import EngineThread
 from workers.holdings import Holdings
 from workers.metrics import WorkerMetrics
 from workers.publisher import Publisher
+from workers.reading import take_over
 from workers.settings import WorkerSettings, new_worker_id
+from workers.warm_set import Report, WarmSet
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 3.0
+HEARTBEAT_S, MIN_HEARTBEAT_S = 3.0, 0.2
 STALL_FACTOR = 5
 ENGINE_STOP_S = 20.0  # a step, or the loading of a file, can't be interrupted
-Report = Callable[[str, str], None]
 
 
 class WorkerState(enum.Enum):
@@ -47,16 +50,13 @@ class WorkerState(enum.Enum):
     STOPPED = "stopped"
 
 
-class StartAborted(Exception):
-    """Asked to stop while loading or warming."""
-
-
 class EngineLost(Exception):
     """The engine has died or hangs: only a new process helps."""
 
 
 class Worker:
-    """One device and the models it keeps warm. `report(model, detail)` hears of each stage of the start."""
+    """One device and the models it keeps warm. `report(model, detail)` hears of each stage of the start, the last of
+    which is "warm" or "failed"; it is called on the engine thread."""
 
     def __init__(self, settings: WorkerSettings, report: Report = lambda *_: None) -> None:
         self.settings = settings
@@ -68,14 +68,27 @@ class Worker:
         self._device, self._dtype = place(settings)
         self._report_to = report
         self._detail = ""
-        self._warm_models: tuple[WarmModel, ...] = ()
         self._holdings = Holdings(self._specs)
+        self._revisions: dict[str, str] = {}
+        self._networks = Networks()
         self._has_room = {name: asyncio.Event() for name in self._specs}
+        self._has_news = asyncio.Event()
         self._stop = asyncio.Event()
         self._publishing: set[asyncio.Task[None]] = set()
         self._heard_until = "0"  # how far the aborts were read
         self._broker = RedisBroker(settings.redis_url, prefix=settings.redis_prefix)
-        self._engine = EngineThread(self._build_engine, self._hand_over)
+        self._warm_set = WarmSet(
+            self._specs,
+            self._load,
+            device=self._device,
+            dtype_of=lambda spec: _name_of(self._dtype_of(spec)),
+            memory_gib=settings.memory_gib,
+            metrics=self.metrics,
+            on_warm=self._welcome,
+            on_change=self._tell_news,
+            report=self._report,
+        )
+        self._engine = EngineThread(self._build_engine, self._hand_over, self._warm_set.start)
         self._renewer = LeaseRenewer(
             settings.redis_url,
             settings.redis_prefix,
@@ -89,15 +102,15 @@ class Worker:
             self.worker_id,
             self._holdings,
             self.metrics,
-            {name: spec.public_revision for name, spec in self._specs.items()},
+            self._revisions,
             settings.encode_threads,
         )
 
     # Lifecycle
 
     async def serve(self) -> None:
-        """Runs until `request_stop`. Raises LoadError, WarmUpError, SettingsError or BrokerError when the start fails,
-        EngineLost later on."""
+        """Runs until `request_stop`. Raises NothingToServe, SettingsError or BrokerError when the start fails,
+        EngineLost whenever the device or its thread is lost."""
         async with self._broker:
             try:
                 await self.startup()
@@ -112,30 +125,41 @@ class Worker:
     def request_stop(self) -> None:
         self._stop.set()
 
+    def reload(self) -> None:
+        """Reads the catalog again and takes over what a running worker can. A catalog that can't be read changes
+        nothing. To be called on the event loop's thread."""
+        try:
+            catalog = load_catalog(self.settings.catalog, self.settings.extra_catalog)
+        except CatalogError as error:
+            logger.error("the catalog stays as it was: %s", error)
+            return
+        self._specs = specs = take_over(self._specs, catalog)
+        self._engine.call(lambda _: self._warm_set.update(specs))
+
     async def startup(self) -> None:
-        """Loads and warms every model on the engine thread; the registry shows the progress."""
+        """Until one model is warm. The engine thread loads them all; the registry shows the progress."""
         self._enter(WorkerState.NEW, WorkerState.STARTING)
         self._loop = asyncio.get_running_loop()
         self._serve_metrics()
         self._engine.start()
-        while not self._engine.built.done() and not self._stop.is_set():
+        while not (self._warm_set.ready.done() or self._engine.ended.done() or self._stop.is_set()):
             try:
                 await self._heartbeat()
             except BrokerUnavailable as error:
                 logger.warning("Redis is away while the models load: %s", error)
             await asyncio.sleep(0.2)
+        if self._engine.ended.done():
+            raise EngineLost(f"the engine has died: {self._engine.ended.exception()!r}")
         if not self._stop.is_set():
-            self._engine.built.result()
+            self._warm_set.ready.result()
 
     async def main_loop(self) -> None:
         """Receives, computes and publishes until asked to stop, then lets running requests finish."""
         if self._stop.is_set():
             return
         self._enter(WorkerState.STARTING, WorkerState.READY)
-        for warm in self._warm_models:
-            self._holdings.max_rows[warm.model] = max(costs.max_rows for costs in warm.sizes)
         self._renewer.start()
-        self._tell_room()
+        self._hear_news()
         async with asyncio.TaskGroup() as background:
             receivers = [
                 background.create_task(_keep_doing(self._receive, name, until=self._stop)) for name in self._specs
@@ -145,9 +169,9 @@ class Worker:
                 background.create_task(_keep_doing(work))
                 for work in (self._beat, self._obey_aborts, self._watch_engine)
             ]
-            logger.info("ready: %s on %s in %s", ", ".join(self.settings.model_names), self._device, self._dtype)
             await self._stop.wait()
             self._enter(WorkerState.READY, WorkerState.DRAINING)
+            self._warm_set.give_up()
             # Take nothing new. A read under way is not cancelled: what it was just given would be lost.
             reclaim.cancel()
             for has_room in self._has_room.values():
@@ -206,33 +230,37 @@ class Worker:
         if self._device.type == "cuda":
             # Steps go before the decodes of workers/engine/decoding.py, which have the default priority 0.
             torch.cuda.set_stream(cast(Any, torch.cuda.Stream)(self._device, priority=-1))
-        runners = {name: self._load(spec) for name, spec in self._specs.items()}
-        engine = Engine(runners)
-        self._warm_models = tuple(self._warm_up(engine, name) for name in self._specs)
-        for runner in runners.values():
-            runner.observe_prompts = self.metrics.observe_prompts
-            runner.observe_check = self.metrics.observe_check
-        return Engine(runners, self.metrics.observe_step)
+        return Engine({}, self.metrics.observe_step)
+
+    def _dtype_of(self, spec: ModelSpec) -> torch.dtype:
+        return default_dtype(self._device, spec) if self.settings.dtype == "auto" else self._dtype
 
     def _load(self, spec: ModelSpec) -> ModelRunner:
-        self._report(spec.name, "loading")
-        settings = self.settings
         pipeline = load_pipeline(
-            spec, self._device, self._dtype, cuda_graphs=settings.cuda_graphs, lock_file=settings.lock_file
+            spec,
+            self._device,
+            self._dtype_of(spec),
+            cuda_graphs=self.settings.cuda_graphs,
+            networks=self._networks,
+            lock_file=self.settings.lock_file,
+            max_loras=self.settings.max_loras,
         )
         padded = batch_sizes(spec, self._device) if self._device.type == "cuda" else None
         return ModelRunner(pipeline, padded)
 
-    def _warm_up(self, engine: Engine, model: str) -> WarmModel:
-        warm_model = warm_up(engine, model, lambda detail: self._report(model, f"warming {detail}"))
-        self.metrics.warm.labels(model).set(1)
-        return warm_model
+    def _welcome(self, runner: ModelRunner) -> None:
+        """Counts what a proven model does from now on; its warm-up doesn't count."""
+        runner.observe_prompts = self.metrics.observe_prompts
+        runner.observe_check = self.metrics.observe_check
+        self.metrics.watch_loras(runner.pipeline.spec.name, runner)
+        logger.info("ready: %s on %s in %s", runner.pipeline.spec.name, self._device, self._dtype)
 
     def _report(self, model: str, detail: str) -> None:
-        if self._stop.is_set():
-            raise StartAborted
         self._detail = f"{model}: {detail}"
         self._report_to(model, detail)
+
+    def _tell_news(self) -> None:
+        self._loop.call_soon_threadsafe(self._hear_news)
 
     def _hand_over(self, outputs: list[EngineOutput]) -> None:
         self._loop.call_soon_threadsafe(self._handle, outputs)
@@ -245,6 +273,14 @@ class Worker:
             await self._take(await self._broker.receive(self.worker_id, model, room))
         else:
             self._has_room[model].clear()
+
+    def _hear_news(self) -> None:
+        """Takes requests for what has become warm, and lets the registry know."""
+        for warm in self._warm_set.warm_models:
+            self._holdings.max_rows[warm.model] = max(costs.max_rows for costs in warm.sizes)
+            self._revisions[warm.model] = warm.revision
+        self._tell_room()
+        self._has_news.set()
 
     def _tell_room(self) -> None:
         for model, has_room in self._has_room.items():
@@ -307,10 +343,13 @@ class Worker:
     # Background
 
     async def _beat(self) -> None:
+        self._has_news.clear()
         await self._heartbeat()
         if self._device.type == "cuda":
             self.metrics.gpu_memory.set(torch.cuda.memory_allocated(self._device))
-        await asyncio.sleep(HEARTBEAT_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._has_news.wait(), HEARTBEAT_S)
+        await asyncio.sleep(MIN_HEARTBEAT_S)  # warming has news many times a second
 
     async def _watch_engine(self) -> None:
         """A worker without a working engine must not go on taking work."""
@@ -327,7 +366,7 @@ class Worker:
     def max_step_s(self) -> float:
         """What takes longer is a hang: never less than several times the slowest step, decode and check that warm-up
         saw."""
-        measured = [costs for warm in self._warm_models for costs in warm.sizes]
+        measured = [costs for warm in self._warm_set.warm_models for costs in warm.sizes]
         slowest_ms = [
             max(costs.step_ms.values()) + max(costs.decode_ms.values()) + max(costs.check_ms.values(), default=0.0)
             for costs in measured
@@ -344,10 +383,11 @@ class Worker:
                 worker_id=self.worker_id,
                 state=states.get(self.state, "starting"),
                 device=str(self._device),
-                dtype=str(self._dtype).removeprefix("torch."),
-                warm_models=self._warm_models,
+                dtype=_name_of(self._dtype),
+                warm_models=self._warm_set.warm_models,
                 num_running=self._holdings.num_running,
                 detail="" if self.state in states else self._detail,
+                models=self._warm_set.statuses,
             )
         )
 
@@ -369,6 +409,10 @@ def place(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
         raise SettingsError(f"FEWSTEP_DEVICE={settings.device!r}: {str(error).splitlines()[0]}") from error
     dtype: torch.dtype = default_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return device, dtype
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 async def _keep_doing(

@@ -327,7 +327,9 @@ class LiveSession:
 
     async def _refine_after_pause(self, drawing: Drawing, params: SamplingParams) -> None:
         await asyncio.sleep(self._generated_at + drawing.after_ms / 1000 - time.monotonic())
-        spec = self._gateway.catalog[drawing.job.model]
+        spec = self._gateway.catalog.get(drawing.job.model)
+        if spec is None:  # the catalog was read again, and has lost it
+            return
         job = self._make_job(spec, params, drawing.job.deadline_ms)
         self._tasks.create_task(self._draw(Drawing(drawing.seq, job, is_refined=True)))
 

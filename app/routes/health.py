@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -32,10 +33,27 @@ async def readyz(gateway: GatewayDep) -> JSONResponse:
     try:
         workers = await gateway.broker.workers()
     except BrokerUnavailable:
-        return JSONResponse({"ready": False, "redis": "unavailable", "models": [], "workers": []}, 503)
+        body = {"ready": False, "redis": "unavailable", "models": [], "failed": {}, "workers": []}
+        return JSONResponse(body, 503)
     models = sorted({warm.model for worker in workers if worker.state == "ready" for warm in worker.warm_models})
-    body = {"ready": bool(models), "redis": "ok", "models": models, "workers": [show_worker(w) for w in workers]}
+    body = {
+        "ready": bool(models),
+        "redis": "ok",
+        "models": models,
+        "failed": find_failed(workers),
+        "workers": [show_worker(worker) for worker in workers],
+    }
     return JSONResponse(body, 200 if models else 503)
+
+
+def find_failed(workers: list[WorkerInfo]) -> dict[str, dict[str, str]]:
+    """Why, by model and worker."""
+    failed: dict[str, dict[str, str]] = {}
+    for worker in workers:
+        for status in worker.models:
+            if status.state == "failed":
+                failed.setdefault(status.model, {})[worker.worker_id] = status.detail
+    return failed
 
 
 def show_worker(worker: WorkerInfo) -> dict[str, Any]:
@@ -46,6 +64,7 @@ def show_worker(worker: WorkerInfo) -> dict[str, Any]:
         "device": worker.device,
         "warm_models": [warm.model for warm in worker.warm_models],
         "num_running": worker.num_running,
+        "models": [asdict(status) for status in worker.models],
     }
 
 

@@ -23,11 +23,11 @@ from broker.messages import Cancelled, Completed, Expired, Failed, Job, JobEvent
 from broker.redis_broker import RedisBroker
 from broker.settings import SettingsError
 from broker.terms import Limits
-from models.loading import LoadError
 from tests.jobs import make_job, make_warm
 from tests.service import spawn
 from tests.small_models import write_small_catalog
 from workers.settings import WorkerSettings
+from workers.warm_set import NothingToServe, WarmSet
 from workers.worker import EngineLost, Worker
 
 
@@ -247,7 +247,7 @@ async def test_a_damaged_weight_file_is_named(settings: WorkerSettings, tmp_path
     catalog = write_small_catalog(tmp_path)
     weights = next((tmp_path / "sd" / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(LoadError, match=r"small: .*unet.*is not a sound safetensors file"):
+    with pytest.raises(NothingToServe, match=r"small: .*unet.*is not a sound safetensors file"):
         await Worker(settings.model_copy(update={"catalog": catalog})).serve()
 
 
@@ -345,10 +345,11 @@ async def test_redis_is_away_for_a_moment(tmp_path: Path, catalog: Path, prefix:
         assert isinstance(events[job.request_id][-1], Completed)
 
 
-def test_a_slow_model_is_not_taken_for_a_hang(settings: WorkerSettings) -> None:
+def test_a_slow_model_is_not_taken_for_a_hang(settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(settings)
     assert worker.max_step_s == settings.max_stall_s
-    worker._warm_models = (make_warm(step_ms={1: 1000.0, 8: 30_000.0}, decode_ms={1: 2000.0, 8: 10_000.0}),)
+    warm = make_warm(step_ms={1: 1000.0, 8: 30_000.0}, decode_ms={1: 2000.0, 8: 10_000.0})
+    monkeypatch.setattr(WarmSet, "warm_models", (warm,))
     assert worker.max_step_s == 200.0
 
 

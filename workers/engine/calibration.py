@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from broker.messages import Delivery, Job, SamplingParams, SizeCosts, WarmModel
 from models.catalog import ModelSpec, Size
+from models.networks import LoadError
 from models.pipeline import FewStepPipeline
 from workers.engine.decoding import Decode, decoder_for
-from workers.engine.engine import Engine, run_until_done
-from workers.engine.outputs import Blocked, Finished, GenerationFailed, Pixels, PreviewReady
+from workers.engine.engine import POLL_S, Engine
+from workers.engine.outputs import Blocked, EngineOutput, Finished, GenerationFailed, Pixels, PreviewReady
 from workers.engine.request import RequestState
 from workers.engine.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -27,6 +32,8 @@ MAX_KERNELS_S = 3.0
 # A larger batch must be cheaper per row by this much: measured times are never exact, and each row waits for all.
 WORTHWHILE = 0.02
 Progress = Callable[[str], None]
+T = TypeVar("T")
+Turns = Generator[None, None, T]  # work that may pause at each yield
 
 
 class WarmUpError(Exception):
@@ -38,14 +45,29 @@ def warm_up(engine: Engine, model: str, report: Progress = lambda _: None) -> Wa
 
     Raises WarmUpError when a picture isn't sound.
     """
+    turns = warm_up_in_turns(engine, model, report)
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            warm_model: WarmModel = end.value
+            return warm_model
+
+
+def warm_up_in_turns(engine: Engine, model: str, report: Progress = lambda _: None) -> Turns[WarmModel]:
+    """The same, with a pause after each step and each decode: other models of the device may have theirs meanwhile."""
     runner = engine.runners[model]
     spec = runner.pipeline.spec
     runner.warm_model = None
     rows = batch_sizes(spec, runner.pipeline.device)
-    sizes = tuple(_measure_size(engine, spec, size, rows, report) for size in spec.warm_sizes)
+    sizes: list[SizeCosts] = []
+    for size in spec.warm_sizes:
+        sizes.append((yield from _measure_size(engine, spec, size, rows, report)))
     text_ms = _text_ms(runner.pipeline)
+    yield from _try_loras(runner, report)
     runner.forget_prompts()
-    runner.warm_model = WarmModel(spec.name, runner.pipeline.revision, spec.max_batch_size, text_ms, sizes)
+    revision = runner.pipeline.revision
+    runner.warm_model = WarmModel(spec.name, revision, spec.max_batch_size, text_ms, tuple(sizes))
     return runner.warm_model
 
 
@@ -74,7 +96,9 @@ def useful_rows(step_ms: Mapping[int, float]) -> int:
     return best
 
 
-def _measure_size(engine: Engine, spec: ModelSpec, size: Size, rows: Sequence[int], report: Progress) -> SizeCosts:
+def _measure_size(
+    engine: Engine, spec: ModelSpec, size: Size, rows: Sequence[int], report: Progress
+) -> Turns[SizeCosts]:
     """The fastest of several tries, each some time after the last: what other work on the machine adds isn't the
     model's. The first one pays for allocations and recordings."""
     runner = engine.runners[spec.name]
@@ -84,13 +108,15 @@ def _measure_size(engine: Engine, spec: ModelSpec, size: Size, rows: Sequence[in
     for sweep in range(NUM_SWEEPS):
         for num_rows in rows:
             report(f"{size[0]}x{size[1]}, batch {num_rows}")
-            finished = _generate(engine, spec, size, num_rows, previews=sweep == 0)
+            finished = yield from _generate(engine, spec, size, num_rows, previews=sweep == 0)
             _note(step_ms, num_rows, min(ms for request in finished for ms in request.steps_ms))
             _note(decode_ms, num_rows, _decode_ms(pipeline, pipeline.decode, size, num_rows, of_rows=num_rows))
             _note(preview_ms, num_rows, _decode_ms(pipeline, pipeline.preview, size, num_rows, of_rows=rows[-1]))
+            yield
             if check_ms:
                 _note(check_ms, num_rows, _check_ms(runner, size, num_rows))
-    _make_kernels(engine, spec, size, rows)
+                yield
+    yield from _make_kernels(engine, spec, size, rows)
     return SizeCosts(*size, useful_rows(step_ms), step_ms, decode_ms, preview_ms, check_ms)
 
 
@@ -98,7 +124,7 @@ def _note(table: dict[int, float], num_rows: int, ms: float) -> None:
     table[num_rows] = min(table[num_rows], round(ms, 3))
 
 
-def _make_kernels(engine: Engine, spec: ModelSpec, size: Size, known: Sequence[int]) -> None:
+def _make_kernels(engine: Engine, spec: ModelSpec, size: Size, known: Sequence[int]) -> Turns[None]:
     """A CPU makes kernels for each number of rows: rather now than while somebody waits.
 
     A model so slow that this would take long has no use for it: beside its steps that time is nothing.
@@ -106,7 +132,7 @@ def _make_kernels(engine: Engine, spec: ModelSpec, size: Size, known: Sequence[i
     end_s = time.perf_counter() + MAX_KERNELS_S
     for num_rows in engine.runners[spec.name].pipeline.row_counts(spec.max_batch_size):
         if num_rows not in known and time.perf_counter() < end_s:
-            _generate(engine, spec, size, num_rows, previews=True, num_steps=2)
+            yield from _generate(engine, spec, size, num_rows, previews=True, num_steps=2)
 
 
 def _generate(
@@ -117,12 +143,13 @@ def _generate(
     *,
     previews: bool = False,
     num_steps: int = NUM_STEPS,
-) -> list[RequestState]:
+) -> Turns[list[RequestState]]:
     for index in range(num_rows):
-        prompt = f"warm-up {num_rows} {index}"  # each another, so that texts are encoded in batches too
+        # Each another, so that texts are encoded in batches too.
+        prompt = engine.runners[spec.name].pipeline.sample_prompt(num_rows**2 + index)
         job = _job(spec, size, index, prompt, previews=previews, num_steps=num_steps)
         engine.add(Delivery(job, attempt=1, waited_ms=0))
-    outputs = run_until_done(engine)
+    outputs = yield from _run(engine, engine.runners[spec.name])
     for output in outputs:
         if isinstance(output, GenerationFailed):
             raise WarmUpError(f"{spec.name} failed at {size[0]}x{size[1]}, batch {num_rows}: {output.error}")
@@ -133,6 +160,15 @@ def _generate(
         if isinstance(output, Finished | PreviewReady | Blocked):
             check_picture(engine.runners[spec.name].pipeline, output)
     return [output.request for output in outputs if isinstance(output, Finished | Blocked)]
+
+
+def _run(engine: Engine, runner: ModelRunner) -> Turns[list[EngineOutput]]:
+    outputs: list[EngineOutput] = []
+    while engine.has_work:
+        runner.ensure_device()  # waits for what other models still compute: not part of this one's time
+        outputs += engine.step()
+        yield
+    return outputs
 
 
 def _decode_ms(pipeline: FewStepPipeline, decode: Decode, size: Size, num_rows: int, *, of_rows: int) -> float:
@@ -176,13 +212,29 @@ def check_picture(pipeline: FewStepPipeline, output: Finished | PreviewReady | B
         raise WarmUpError(f"{spec.name}: the {kind} is one constant colour; an fp16 VAE that overflows does that")
 
 
+def _try_loras(runner: ModelRunner, report: Progress) -> Turns[None]:
+    """Reads and merges as many as stay in memory, each twice: the first merge makes room for the layers that it
+    touches, the second one tells what a switch costs. Without one that can't be read the model still serves."""
+    for choice in runner.pipeline.loras.fetch_first():
+        report(f"LoRA {choice.name}")
+        while not choice.is_read:
+            time.sleep(POLL_S)
+            yield
+        try:
+            for loras in ((choice,), (), (choice,), ()):
+                runner.use_loras(loras)
+                yield
+        except LoadError as error:
+            logger.error("requests for this LoRA will fail: %s", error)
+
+
 def _text_ms(pipeline: FewStepPipeline) -> float:
     """One prompt that no cache holds."""
     pipeline.expect_rows(1)
     started_s = time.perf_counter()
     with torch.inference_mode():
-        (conditioning,) = pipeline.encode_prompts(["a prompt that nobody sent"])
-        conditioning.prompt_embeds.cpu()  # waits for the device
+        (conditioning,) = pipeline.encode_prompts([pipeline.sample_prompt(0)])
+        conditioning.encoded.cpu()  # waits for the device
     return round((time.perf_counter() - started_s) * 1000, 3)
 
 

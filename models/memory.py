@@ -1,0 +1,138 @@
+"""What a model needs of a device's memory, from its files alone: no torch, and nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.catalog import ModelSpec
+from models.sources import SourceError, locate
+
+GIB = 2**30
+WORKING_SHARE = 0.5  # of the weights' bytes: what the largest batch needs beside them, where the entry doesn't say
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+LEFT_OUT = ("safety_checker", "image_encoder")  # which no pipeline here loads from its own folder
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # safetensors' names
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The weight files of one network and the dtype that they are loaded in: what two models can share."""
+
+    files: frozenset[Path]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes: `weights` of its own, `shared` with models that are there already, `working` for the largest batch.
+
+    `networks` are those that others may share from now on.
+    """
+
+    weights: int
+    shared: int
+    working: int
+    networks: frozenset[Network]
+
+    @property
+    def needed(self) -> int:
+        return self.weights + self.working
+
+
+def estimate(spec: ModelSpec, dtype: str, loaded: Collection[Network] = ()) -> Estimate | None:
+    """What `spec` takes in `dtype` beside the networks that are `loaded`. None: its files aren't on this machine and
+    its entry doesn't say."""
+    try:
+        sizes = {Network(frozenset(files), dtype): own for files, own in _networks_of(spec)}
+    except SourceError:
+        sizes = {}
+    if not sizes and spec.memory_gib is None:
+        return None
+    weights = {network: sum(weight_bytes(file, dtype) for file in network.files) for network in sizes}
+    shareable = {network for network, is_own in sizes.items() if not is_own}
+    shared = sum(weights[network] for network in shareable.intersection(loaded))
+    total = sum(weights.values())
+    return Estimate(total - shared, shared, _working_bytes(spec, dtype, total), frozenset(shareable))
+
+
+def _working_bytes(spec: ModelSpec, dtype: str, weights: int) -> int:
+    if spec.memory_gib is None:
+        return round(WORKING_SHARE * weights)
+    scale = DTYPE_BYTES[dtype] / DTYPE_BYTES[spec.dtype]
+    return max(0, round(spec.memory_gib * GIB * scale) - weights)
+
+
+def _networks_of(spec: ModelSpec) -> Iterator[tuple[list[Path], bool]]:
+    """The weight files of each network that stays in memory, links followed, and whether it is the model's own: what a
+    fused LoRA changes is, and what a single file holds. Raises SourceError."""
+    changed = _changed_by_lora(spec)
+    source = locate(spec, "source", only_look=True).path
+    if source.is_file():
+        yield [source.resolve()], True
+    else:
+        for name in _component_names(source):
+            if getattr(spec, name, None) is None:
+                yield _weight_files(source / name, spec.variant), name in changed
+    for part in ("unet", "vae", "tiny_vae", "safety_checker"):
+        if getattr(spec, part) is not None:
+            folder = locate(spec, part, only_look=True).path
+            yield _weight_files(folder / part if part == "safety_checker" else folder, spec.variant), part in changed
+
+
+def _changed_by_lora(spec: ModelSpec) -> set[str]:
+    if spec.lora is None:
+        return set()
+    try:
+        keys = _read_header(locate(spec, "lora", only_look=True).path)
+    except (OSError, ValueError):
+        keys = {}
+    has_text = any(key.startswith(("text_encoder", "lora_te")) for key in keys)
+    return {"unet", "text_encoder", "text_encoder_2"} if has_text else {"unet"}
+
+
+def weight_bytes(file: Path, dtype: str) -> int:
+    """Of its tensors once they are in memory, numbers with a point in `dtype`. A damaged file counts as it is: loading
+    will name it."""
+    try:
+        header = _read_header(file)
+        return sum(_tensor_bytes(tensor, dtype) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return file.stat().st_size if file.exists() else 0
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    """A safetensors file begins with the length of its header, which is JSON."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        header: dict[str, Any] = json.loads(stream.read(length))
+        return header
+
+
+def _tensor_bytes(tensor: Mapping[str, Any], dtype: str) -> int:
+    if tensor["dtype"] in FLOATS:
+        return math.prod(map(int, tensor["shape"])) * DTYPE_BYTES[dtype]
+    start, end = tensor["data_offsets"]
+    return int(end) - int(start)
+
+
+def _component_names(folder: Path) -> list[str]:
+    """The parts of a pipeline's folder; those without weights have no weight files."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        return [name for name in index if name not in LEFT_OUT and (folder / name).is_dir()]
+    except (OSError, ValueError):
+        return []
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Those of the variant where there are any."""
+    links = list(folder.glob("*.safetensors"))
+    of_variant = [link for link in links if variant is not None and f".{variant}" in link.stem]
+    return [link.resolve() for link in of_variant or [link for link in links if "." not in link.stem]]
