@@ -394,7 +394,7 @@ print("torch" in sys.modules)
 
 
 def test_list_and_show_say_what_is_here(desk: Desk) -> None:
-    assert re.search(r"big +sd +4 \(1-8\) +32x32, 48x32 +not here +nothing +MIT", desk.models("list").stdout)
+    assert re.search(r"big +sd +4 \(1-8\) +32x32 \+ 1 +not here +nothing +MIT", desk.models("list").stdout)
     assert "acme/sd is not on this machine: fewstep models pull big" in desk.models("show", "big").stdout
     desk.pull("big")
     assert re.search(r"big .* here +nothing +MIT", desk.models("list").stdout)

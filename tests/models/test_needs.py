@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,9 +65,7 @@ FP16 = {"text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.fp1
 EVERYTHING = SMALL | SAFETY | UNWANTED | PLAIN | FP16
 
 
-def take(
-    tmp_path: Path, part: str, names: set[str], files: dict[str, object] | None = None, **changes: object
-) -> Selection:
+def take(tmp_path: Path, part: str, names: set[str], files: dict[str, Any] | None = None, **changes: Any) -> Selection:
     texts = {"model_index.json": INDEX} | (files or {})
     spec = small_spec(tmp_path, **({"source": "acme/sd", "lora": None} | changes))
     return select(need_of(spec, part), names, lambda name: json.dumps(texts[name]).encode() if name in texts else None)
@@ -125,7 +124,7 @@ def test_a_single_network_at_the_root_or_in_its_folder(tmp: Path, part: str, fol
     prefix = f"{folder}/" if folder else ""
     wanted = {f"{prefix}config.json", f"{prefix}diffusion_pytorch_model.fp16.safetensors"}
     others = {f"{prefix}diffusion_pytorch_model.safetensors", f"{prefix}diffusion_pytorch_model.bin", "README.md"}
-    selection = take(tmp, part, wanted | others, variant="fp16", **{part: "acme/network"})
+    selection = take(tmp, part, wanted | others, None, variant="fp16", **{part: "acme/network"})
     assert selection == Selection(frozenset(wanted), folder=folder)
 
 
