@@ -37,7 +37,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.full_size import ARCHITECTURES, Architecture, Attention, Counter, Parts, build_parts, make_spec, shrink
+from benchmarks.full_size import (
+    ARCHITECTURES,
+    GPU_BENCHMARK,
+    Architecture,
+    Attention,
+    Counter,
+    Parts,
+    build_parts,
+    make_spec,
+    shrink,
+)
 from benchmarks.jobs import make_job
 from benchmarks.machine import REPOSITORY, cpu_name
 from benchmarks.prompts import endless_prompts
@@ -262,9 +272,9 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    names = [architecture.name for architecture in ARCHITECTURES]
+    names = [architecture.name for architecture in ARCHITECTURES if architecture.family != "consistency"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", nargs="+", choices=names, default=names)
+    parser.add_argument("--architectures", nargs="+", choices=names, default=GPU_BENCHMARK)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager", "graphs"])
     parser.add_argument("--max-batch", type=int, default=32, help="at the smallest size; larger ones have fewer rows")
     parser.add_argument("--max-compiled-batch", type=int, default=1, help="each batch size is compiled anew")
