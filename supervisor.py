@@ -1,7 +1,8 @@
 """The parent of `fewstep serve`: starts gateway and worker as processes of their own and keeps them running.
 
-SIGHUP is passed on to the children, which read the catalog again, unless it came with the end of the terminal. Children die with their parent, whatever ends it. A child that crashes is started again after a pause; one that can't
-work (exit status EX_CONFIG: a bad setting, a damaged model) ends everything, since a restart wouldn't help.
+Children die with their parent, whatever ends it. A child that crashes is started again after a pause; one that can't
+work (exit status EX_CONFIG: a bad setting, a damaged model) ends everything, since a restart wouldn't help. SIGHUP is
+passed on to the children, which read the catalog again, unless it came with the end of the terminal.
 """
 
 from __future__ import annotations
