@@ -345,7 +345,8 @@ class Worker:
         if self._device.type == "cuda":
             self.metrics.gpu_memory.set(torch.cuda.memory_allocated(self._device))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._has_news.wait(), HEARTBEAT_S)
+            async with asyncio.timeout(HEARTBEAT_S):
+                await self._has_news.wait()
         await asyncio.sleep(MIN_HEARTBEAT_S)  # warming has news many times a second
 
     async def _watch_engine(self) -> None:
