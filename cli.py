@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from commands.console import configure_logging, console, fail, hush_libraries, say
+from commands.keys import keys_app
+from commands.models import models_app
 from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, Terminal, die_with_parent
 
 if TYPE_CHECKING:
-    from app.access.keys import KeyRecord
     from app.settings import GatewaySettings
     from broker.embedded import EmbeddedRedis, GivenRedis
     from broker.messages import Job
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from workers.warm_set import Report
 
 logger = logging.getLogger("fewstep")
-console = Console(stderr=True)
 
 app = typer.Typer(
     help="Real-time text-to-image with few-step diffusion models. Start with: fewstep serve",
@@ -38,14 +36,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="What can be served.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-keys_app = typer.Typer(help="Who may use a gateway: API keys in a file of hashes.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="An entry of the catalog; see: fewstep models list")]
-
-KeysFile = Annotated[Path, typer.Option("--file", "-f", envvar="FEWSTEP_API_KEYS_FILE", help="The file of the keys.")]
 
 
 @app.command()
@@ -69,7 +63,7 @@ def serve(
     from broker.settings import SettingsError
     from models.catalog import CatalogError, get_spec, load_catalog
 
-    _configure_logging()
+    configure_logging()
     try:
         settings = open_loopback(GatewaySettings.load(host=host, port=port, default_model=model))
         check_exposure(settings)
@@ -79,7 +73,7 @@ def serve(
             asyncio.run(_check_redis(redis.url))
             _supervise(settings, redis)
     except (SettingsError, BrokerError, CatalogError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     except ChildFailed as error:
         raise typer.Exit(EX_CONFIG) from error
 
@@ -131,11 +125,11 @@ def gateway() -> None:
     from broker.settings import SettingsError
     from models.catalog import CatalogError
 
-    _configure_logging()
+    configure_logging()
     try:
         run(GatewaySettings.load(), Terminal().has_hung_up)
     except (SettingsError, BrokerError, CatalogError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -155,15 +149,15 @@ def worker() -> None:
     from workers.warm_set import NothingToServe
     from workers.worker import EngineLost
 
-    _configure_logging()
+    configure_logging()
     try:
         asyncio.run(_run_worker(WorkerSettings.load()))
     except (SettingsError, NothingToServe, CatalogError) as error:
-        _fail(str(error))
+        fail(str(error))
     except BrokerError as error:
-        _fail(str(error), status=1)
+        fail(str(error), status=1)
     except EngineLost as error:
-        console.print(f"fewstep: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        say(f"fewstep: {error}", "bold red")
         os._exit(1)  # a normal end would wait for the engine's thread
 
 
@@ -216,7 +210,7 @@ def generate(
 
     formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
     if output.suffix.lower() not in formats:
-        _fail(f"--output {output}: the name must end in {', '.join(formats)}")
+        fail(f"--output {output}: the name must end in {', '.join(formats)}")
     fields = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -237,168 +231,42 @@ def generate(
         _draw(job, spec, settings, output)
     except ValidationError as error:
         first = error.errors()[0]
-        _fail(f"{first['loc'][0]}={first['input']!r}: {first['msg']}")
+        fail(f"{first['loc'][0]}={first['input']!r}: {first['msg']}")
     except (SettingsError, CatalogError, GatewayError, LoadError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _draw(job: Job, spec: ModelSpec, settings: WorkerSettings, output: Path) -> None:
     from broker.messages import Delivery
-    from models.loading import load_pipeline
-    from workers.engine import Blocked, Engine, Finished, GenerationFailed
+    from workers.engine import Blocked, Finished, GenerationFailed
     from workers.engine.engine import run_until_done
-    from workers.engine.runner import ModelRunner
     from workers.images import encode_picture
     from workers.publisher import collect_warnings, explain_block
-    from workers.worker import place
+    from workers.standalone import load_engine
 
-    _hush_libraries()
+    hush_libraries()
     with console.status(f"loading {spec.name}"):
-        engine = Engine({spec.name: ModelRunner(load_pipeline(spec, *place(settings)))})
+        engine = load_engine(spec, settings)
     engine.add(Delivery(job, attempt=1, waited_ms=0))
     match run_until_done(engine):
         case [Finished(request=request, pixels=pixels)]:
             output.write_bytes(encode_picture(job, 0, pixels[0]).data)
             for warning in collect_warnings(request):
-                console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+                say(f"warning: {warning}", "yellow")
             steps_ms = ", ".join(f"{ms:.0f}" for ms in request.steps_ms)
             console.print(f"{output}: seed {job.params.seed}, steps {steps_ms} ms, decode {request.decode_ms:.0f} ms")
         case [Blocked() as blocked]:
-            _fail(explain_block(blocked))
+            fail(explain_block(blocked))
         case [GenerationFailed(error=reason)]:
-            _fail(f"{type(reason).__name__}: {reason}")
+            fail(f"{type(reason).__name__}: {reason}")
         case outputs:
             raise AssertionError(f"one request gave {outputs}")
-
-
-@models_app.command("list")
-def list_models() -> None:
-    """The catalog: names, steps, sizes, licences."""
-    from rich.table import Table
-
-    from broker.settings import SettingsError
-    from models.catalog import CatalogError, load_catalog
-    from workers.settings import WorkerSettings
-
-    table = Table("name", "steps", "sizes", "licence", "description", box=None, pad_edge=False)
-    try:
-        settings = WorkerSettings.load()
-        catalog = load_catalog(settings.catalog, settings.extra_catalog)
-    except (SettingsError, CatalogError) as error:
-        _fail(str(error))
-    for spec in catalog.values():
-        steps = spec.num_inference_steps
-        sizes = ", ".join(f"{width}x{height}" for width, height in spec.sizes)
-        table.add_row(spec.name, f"{steps.default} ({steps.min}-{steps.max})", sizes, spec.license, spec.description)
-    Console().print(table)
-
-
-@keys_app.command("create")
-def create_key(
-    name: Annotated[str, typer.Argument(help="What you will know it by.")],
-    file: KeysFile,
-    weight: Annotated[int | None, typer.Option(help="Its share beside other keys, 1 to 100; 1 if none.")] = None,
-    requests: Annotated[int | None, typer.Option("--requests-per-minute", help="Unlimited if none.")] = None,
-    images: Annotated[int | None, typer.Option("--images-per-minute", help="Unlimited if none.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="A model it may use, once for each; all if none.")] = None,
-    lane: Annotated[list[str] | None, typer.Option(help="live or api; both if none.")] = None,
-) -> None:
-    """Makes a key and prints it, this once. The file gets only its hash; a running gateway reads it within a second.
-
-    Example: fewstep keys create shop --file keys.toml --images-per-minute 120
-    """
-    from app.access.key_file import add_key, format_entry, make_key, new_record
-
-    with _one_line_errors():
-        key_id, key = make_key()
-        record = new_record(
-            key,
-            name=name,
-            weight=weight,
-            max_requests_per_minute=requests,
-            max_images_per_minute=images,
-            models=_check_models(model or []),
-            lanes=lane,
-            created=datetime.date.today(),
-        )
-        add_key(file, record, key_id)
-    print(key)
-    console.print(f"{file}: has key {key_id}. It is shown only now: keep it.", markup=False, soft_wrap=True)
-    console.print(f"For FEWSTEP_API_KEYS: {format_entry(key_id, record)}", markup=False, soft_wrap=True)
-
-
-@keys_app.command("list")
-def list_keys(file: KeysFile) -> None:
-    """The keys of a file: ids, names, rates.
-
-    Example: fewstep keys list --file keys.toml
-    """
-    from rich.table import Column, Table
-
-    from app.access.keys import parse_file
-
-    with _one_line_errors():
-        records = parse_file(file)
-    headings = ("name", "weight", "requests/min", "images/min", "models", "lanes", "created")
-    table = Table(Column("id", no_wrap=True, min_width=12), *headings, box=None, pad_edge=False)
-    for key_id, record in records.items():
-        table.add_row(key_id, *_show_record(record))
-    Console().print(table)
-
-
-def _show_record(record: KeyRecord) -> Iterator[str]:
-    yield from (record.name, str(record.weight))
-    for rate in (record.max_requests_per_minute, record.max_images_per_minute):
-        yield "unlimited" if rate is None else str(rate)
-    yield ", ".join(sorted(record.models)) if record.models else "all"
-    yield ", ".join(sorted(record.lanes))
-    yield str(record.created or "")
-
-
-@keys_app.command("revoke")
-def revoke_key(
-    key_id: Annotated[str, typer.Argument(help="Its id: the part between fs_ and the next underscore.")], file: KeysFile
-) -> None:
-    """Takes a key out of the file; a running gateway refuses it within a second and ends its live sockets.
-
-    Example: fewstep keys revoke 3f0a9c51b2de --file keys.toml
-    """
-    from app.access.key_file import remove_key
-
-    with _one_line_errors():
-        record = remove_key(file, key_id)
-    console.print(f"{file}: key {key_id} {record.name} is revoked", markup=False, highlight=False, soft_wrap=True)
-
-
-def _check_models(names: list[str]) -> list[str]:
-    from app.settings import GatewaySettings
-    from models.catalog import get_spec, load_catalog
-
-    settings = GatewaySettings.load()
-    catalog = load_catalog(settings.catalog, settings.extra_catalog)
-    return [get_spec(catalog, name).name for name in names]
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    from pydantic import ValidationError
-
-    from broker.settings import SettingsError
-    from models.catalog import CatalogError
-
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        _fail(f"{'.'.join(str(part) for part in first['loc'])}={first['input']!r}: {first['msg']}")
-    except (SettingsError, CatalogError, OSError) as error:
-        _fail(str(error))
 
 
 @contextmanager
 def _load_progress(settings: WorkerSettings) -> Iterator[Report]:
     """A bar on a terminal, log lines elsewhere."""
-    _hush_libraries()
+    hush_libraries()
     if not console.is_terminal:
         yield lambda model, detail: logger.info("%s: %s", model, detail)
         return
@@ -423,28 +291,6 @@ def _load_progress(settings: WorkerSettings) -> Iterator[Report]:
         yield report
 
 
-def _hush_libraries() -> None:
-    """Their progress bars and hints would drown ours; errors still show."""
-    import diffusers
-    import transformers
-
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def _configure_logging() -> None:
-    level = os.environ.get("FEWSTEP_LOG_LEVEL", "info").upper()
-    logging.basicConfig(
-        level=level if level in logging.getLevelNamesMapping() else "INFO",
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-
-
 def _check_port(host: str, port: int) -> None:
     """Fails early with one line, before anything is started."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -467,11 +313,6 @@ def _answers_ready(url: str) -> bool:
 
 def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _fail(message: str, status: int = EX_CONFIG) -> NoReturn:
-    console.print(f"fewstep: {message}", style="bold red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(status)
 
 
 def main() -> None:

@@ -160,7 +160,10 @@ class Row:
 _REQUEST = "invalid_request_error"
 _SERVER = "server_error"
 
-FIELD_CODES = ("missing_field", "unknown_field", "text_too_long", "unsupported_size", "lora_not_found")
+FIELD_CODES = (
+    *("missing_field", "unknown_field", "text_too_long", "unknown_class"),
+    *("unsupported_size", "lora_not_found"),
+)
 BODY_CODES = ("missing_body", "invalid_json", "bad_request")
 
 TABLE: dict[type[Exception], Row] = {

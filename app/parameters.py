@@ -6,9 +6,10 @@ import secrets
 from dataclasses import dataclass
 
 from app.errors import invalid
-from app.schemas import GenerationFields, LoraChoice
-from broker.messages import MAX_SEED, Decoder, ImageFormat, LoraWeight, SamplingParams
-from models.catalog import ModelSpec, Size
+from app.loras import check_loras, lora_warnings
+from app.schemas import GenerationFields
+from broker.messages import MAX_SEED, Decoder, ImageFormat, SamplingParams
+from models.catalog import ClassNames, ModelSpec, Size, UnknownClassError
 
 DEFAULT_QUALITY = 85
 WHY_GUIDANCE = {
@@ -55,7 +56,7 @@ def complete(fields: GenerationFields, spec: ModelSpec, defaults: Defaults) -> S
         output_quality=fields.output_quality or defaults.output_quality,
         previews=defaults.previews if fields.previews is None else fields.previews,
         metadata=fields.metadata is not False,
-        loras=_check_loras(fields.loras or [], spec),
+        loras=check_loras(fields.loras or [], spec),
     )
 
 
@@ -64,8 +65,26 @@ def earliest(*deadlines_ms: int | None) -> int | None:
 
 
 def find_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
-    """What is accepted but has no effect."""
-    return _negative_prompt_warnings(params, spec) + _preview_warnings(params, spec)
+    """What is accepted but has no effect, less than it could have, or may mean something else."""
+    return (
+        *_class_warnings(params, spec),
+        *_negative_prompt_warnings(params, spec),
+        *_preview_warnings(params, spec),
+        *lora_warnings(params, spec),
+    )
+
+
+def _class_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
+    classes = spec.class_names
+    if classes is None or not (others := classes.namesakes(params.prompt)):
+        return ()
+    listed = ", ".join(_show_class(number, classes) for number in others)
+    drawn = _show_class(classes.find(params.prompt), classes)
+    return (f"prompt names several classes: drawn is {drawn}; there is also {listed}",)
+
+
+def _show_class(number: int, classes: ClassNames) -> str:
+    return f"class {number} ({', '.join(classes.names(number)[:2])})"
 
 
 def _preview_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
@@ -91,7 +110,21 @@ def _check_prompt(prompt: str, spec: ModelSpec) -> str:
     if not prompt.strip():
         raise invalid("prompt", prompt, "it must say something")
     _check_length("prompt", prompt, spec)
+    _check_class(prompt, spec)
     return prompt
+
+
+def _check_class(prompt: str, spec: ModelSpec) -> None:
+    """The prompt of a class-conditional model is the name of a class."""
+    if spec.class_names is None:
+        return
+    try:
+        spec.class_names.find(prompt)
+    except UnknownClassError as error:
+        last = len(spec.class_names) - 1
+        near = f"near names: {', '.join(error.suggestions)}" if error.suggestions else "no name is near"
+        allowed = f"{spec.name} draws classes, by name or as class 0 to class {last}; {near}"
+        raise invalid("prompt", prompt, allowed, code="unknown_class") from error
 
 
 def _check_length(param: str, text: str | None, spec: ModelSpec) -> str | None:
@@ -163,12 +196,6 @@ def _choose_seed(seed: int | None, num_images: int, defaults: Defaults) -> int:
     if seed + num_images - 1 > MAX_SEED:
         raise invalid("seed", seed, f"image i is drawn from seed + i, which must stay within {MAX_SEED}")
     return seed
-
-
-def _check_loras(loras: list[LoraChoice], spec: ModelSpec) -> tuple[LoraWeight, ...]:
-    if loras:
-        raise invalid("loras", loras[0].name, f"{spec.name} offers no style LoRAs", code="lora_not_found")
-    return ()
 
 
 def check_size_text(size: str | None, spec: ModelSpec) -> Size:

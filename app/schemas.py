@@ -34,8 +34,10 @@ class _Request(BaseModel):
 
 
 class LoraChoice(_Request):
+    """A style LoRA of the model; without a weight the LoRA's own default."""
+
     name: Name
-    weight: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
 
 
 class GenerationFields(_Request):
@@ -352,9 +354,23 @@ class Limit(BaseModel):
     max: int | float
 
 
+class LoraCard(BaseModel):
+    """A style LoRA that requests to the model may ask for. `trigger` are words that the prompt should have, if any."""
+
+    name: str
+    description: str
+    weight: Limit
+    trigger: str
+    license: str
+    license_note: str
+
+
 class ModelCard(BaseModel):
-    """A catalog entry; the first four fields are what OpenAI clients read. `ready` and `state` "warm" are the same;
-    `state_detail` says which worker does what, or why none does."""
+    """A catalog entry; the first four fields are what OpenAI clients read.
+
+    `ready` and `state` "warm" are the same; `state_detail` says which worker does what, or why none does. `num_classes`
+    is null for a model that draws any prompt; the prompts of another are names of its classes.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -373,10 +389,12 @@ class ModelCard(BaseModel):
     guidance_scale: Limit
     schedulers: list[str]
     default_scheduler: str
+    loras: list[LoraCard]
     max_num_images: int
     max_prompt_chars: int
     has_tiny_decoder: bool
     has_safety_checker: bool
+    num_classes: int | None
     example_prompts: list[str]
     deprecated: str | None
     sunset: str | None

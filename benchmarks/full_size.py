@@ -6,7 +6,7 @@ The configs are those of the repositories' own folders. How long a network takes
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from benchmarks.prompts import endless_prompts
@@ -39,21 +40,25 @@ SCHEDULE = {
 }
 LCM = SchedulerSpec(class_name="LCMScheduler")
 TURBO = SchedulerSpec(class_name="EulerAncestralDiscreteScheduler", config={"timestep_spacing": "trailing"})
+CM = SchedulerSpec(class_name="CMStochasticIterativeScheduler")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the folder of one model says. The first text encoder has no projection, a second one has."""
+    """What the folder of one model says, by the name of its catalog entry.
+
+    The first text encoder has no projection, a second one has. A consistency model has a UNet alone.
+    """
 
     name: str
-    family: Literal["sd", "sdxl"]
+    family: Literal["sd", "sdxl", "consistency"]
     unet: dict[str, Any]
     text_encoders: tuple[dict[str, Any], ...]
     scheduler: SchedulerSpec
     steps: int
     sizes: tuple[Size, ...]
-    vae: dict[str, Any]
-    tiny_vae: dict[str, Any]
+    vae: dict[str, Any] | None
+    tiny_vae: dict[str, Any] | None
 
 
 SD_UNET = {
@@ -130,67 +135,128 @@ TAESD = {
     "scaling_factor": 1.0,
 }
 
+SD15_UNET = SD_UNET | {"attention_head_dim": 8, "cross_attention_dim": 768}
+SD21_UNET = SD_UNET | {
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+SSD_1B_UNET = SDXL_UNET | {
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": (1, (2, 2), (4, 4)),
+    "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+}
+EMBEDS_GUIDANCE = {"time_cond_proj_dim": 256}
+CM_UNET = {
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 3,
+    "block_out_channels": (192, 384, 576, 768),
+    "down_block_types": ("ResnetDownsampleBlock2D",) + ("AttnDownBlock2D",) * 3,
+    "up_block_types": ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "attention_head_dim": 64,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": 32,
+    "resnet_time_scale_shift": "scale_shift",
+    "num_class_embeds": 1000,
+}
+
+SD15 = Architecture(
+    name="sd15-lcm",
+    family="sd",
+    unet=SD15_UNET,
+    text_encoders=(CLIP_L,),
+    scheduler=LCM,
+    steps=4,
+    sizes=((512, 512),),
+    vae=VAE,
+    tiny_vae=TAESD,
+)
+SDXL_TURBO = Architecture(
+    name="sdxl-turbo",
+    family="sdxl",
+    unet=SDXL_UNET,
+    text_encoders=(CLIP_L, OPENCLIP_BIG_G),
+    scheduler=TURBO,
+    steps=1,
+    sizes=((512, 512), (1024, 1024)),
+    vae=SDXL_VAE,
+    tiny_vae=TAESD,
+)
+SDXL = replace(SDXL_TURBO, name="sdxl-lcm", scheduler=LCM, steps=4, sizes=((1024, 1024),))
+
 ARCHITECTURES = (
+    SDXL_TURBO,
+    SD15,
+    replace(SD15, name="sd-turbo", unet=SD21_UNET, text_encoders=(OPENCLIP_H,), scheduler=TURBO, steps=1),
+    replace(SD15, name="dreamshaper-lcm-lora"),
+    replace(SD15, name="lcm-dreamshaper-v7", unet=SD15_UNET | EMBEDS_GUIDANCE, sizes=((768, 768),)),
+    SDXL,
+    replace(SDXL, name="ssd-1b-lcm", unet=SSD_1B_UNET),
+    replace(SDXL, name="lcm-sdxl", unet=SDXL_UNET | EMBEDS_GUIDANCE),
+    replace(SDXL, name="sdxl-turbo-lora", scheduler=TURBO),
     Architecture(
-        name="sdxl-turbo",
-        family="sdxl",
-        unet=SDXL_UNET,
-        text_encoders=(CLIP_L, OPENCLIP_BIG_G),
-        scheduler=TURBO,
-        steps=1,
-        sizes=((512, 512), (1024, 1024)),
-        vae=SDXL_VAE,
-        tiny_vae=TAESD,
-    ),
-    Architecture(
-        name="sd15-lcm",
-        family="sd",
-        unet=SD_UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
-        text_encoders=(CLIP_L,),
-        scheduler=LCM,
-        steps=4,
-        sizes=((512, 512),),
-        vae=VAE,
-        tiny_vae=TAESD,
-    ),
-    Architecture(
-        name="sd-turbo",
-        family="sd",
-        unet=SD_UNET
-        | {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True},
-        text_encoders=(OPENCLIP_H,),
-        scheduler=TURBO,
-        steps=1,
-        sizes=((512, 512),),
-        vae=VAE,
-        tiny_vae=TAESD,
+        name="cm-imagenet64",
+        family="consistency",
+        unet=CM_UNET,
+        text_encoders=(),
+        scheduler=CM,
+        steps=2,
+        sizes=((64, 64),),
+        vae=None,
+        tiny_vae=None,
     ),
 )
+GPU_BENCHMARK = ("sdxl-turbo", "sd15-lcm", "sd-turbo")  # those whose parts benchmarks/gpu.py measures
+
+
+def find_architecture(name: str) -> Architecture:
+    """Of a catalog entry."""
+    return next(architecture for architecture in ARCHITECTURES if architecture.name == name)
 
 
 def shrink(architecture: Architecture) -> Architecture:
     """The same layers, narrow and fewer, for pictures of an eighth of the side: to try a program on a CPU."""
-    unet = dict(architecture.unet)
-    heads = unet["attention_head_dim"]
-    unet |= {
-        "block_out_channels": tuple(width // 10 for width in unet["block_out_channels"]),
-        "attention_head_dim": heads if isinstance(heads, int) else tuple(count // 5 for count in heads),
-        "cross_attention_dim": unet["cross_attention_dim"] // 16,
-        "norm_num_groups": 8,
-    }
+    if architecture.vae is None or architecture.tiny_vae is None:
+        return replace(architecture, unet=_shrink_class_unet(architecture.unet))
     text_encoders = tuple(_shrink_text_encoder(config) for config in architecture.text_encoders)
-    if "addition_time_embed_dim" in unet:
-        pooled = text_encoders[-1]["projection_dim"]
-        unet["projection_class_embeddings_input_dim"] = 6 * unet["addition_time_embed_dim"] + pooled
     return replace(
         architecture,
-        unet=unet,
+        unet=_shrink_text_unet(architecture.unet, text_encoders[-1]["projection_dim"]),
         text_encoders=text_encoders,
         sizes=tuple((width // 8, height // 8) for width, height in architecture.sizes),
         vae=architecture.vae | {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8},
         tiny_vae=architecture.tiny_vae
         | {"encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4},
     )
+
+
+def _shrink_text_unet(unet: dict[str, Any], pooled_width: int) -> dict[str, Any]:
+    heads = unet["attention_head_dim"]
+    small = {
+        "block_out_channels": tuple(width // 10 for width in unet["block_out_channels"]),
+        "attention_head_dim": heads if isinstance(heads, int) else tuple(count // 5 for count in heads),
+        "cross_attention_dim": unet["cross_attention_dim"] // 16,
+        "norm_num_groups": 8,
+    }
+    if "addition_time_embed_dim" in unet:
+        small["projection_class_embeddings_input_dim"] = 6 * unet["addition_time_embed_dim"] + pooled_width
+    return unet | small
+
+
+def _shrink_class_unet(unet: dict[str, Any]) -> dict[str, Any]:
+    """Of a consistency model, whose pictures are small already."""
+    widths = tuple(width // 12 for width in unet["block_out_channels"])
+    return unet | {
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+        "attn_norm_num_groups": 8,
+    }
 
 
 def _shrink_text_encoder(config: dict[str, Any]) -> dict[str, Any]:
@@ -227,50 +293,56 @@ class Parts:
     @property
     def networks(self) -> dict[str, nn.Module]:
         """By the names that tables call them."""
-        encoders = {
-            "text encoder": self.pipe.text_encoder,
-            "text encoder 2": getattr(self.pipe, "text_encoder_2", None),
-        }
-        others = {"UNet": self.pipe.unet, "VAE": self.pipe.vae, "VAE decoder": self.pipe.vae.decoder}
-        tiny = {"tiny VAE": self.tiny_vae, "tiny VAE decoder": self.tiny_vae.decoder}
-        return {name: network for name, network in (encoders | others | tiny).items() if network is not None}
+        names = {"text encoder": "text_encoder", "text encoder 2": "text_encoder_2", "UNet": "unet", "VAE": "vae"}
+        networks: dict[str, Any] = {name: getattr(self.pipe, part, None) for name, part in names.items()}
+        networks["tiny VAE"] = self.tiny_vae
+        for name in ("VAE", "tiny VAE"):
+            networks[f"{name} decoder"] = getattr(networks[name], "decoder", None)
+        return {name: network for name, network in networks.items() if network is not None}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        whole = [network for name, network in self.networks.items() if not name.endswith(" decoder")]
+        return sum(tensor.numel() * tensor.element_size() for network in whole for tensor in network.parameters())
 
 
 def build_parts(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> Parts:
     """All networks, built on `device` itself. On the meta device they have shapes and no memory."""
     torch.manual_seed(0)
-    text_classes = (CLIPTextModel, CLIPTextModelWithProjection)
     with torch.device(device):
-        unet = diffusers.UNet2DConditionModel(**architecture.unet)
-        vae = diffusers.AutoencoderKL(**architecture.vae)
-        tiny_vae = diffusers.AutoencoderTiny(**architecture.tiny_vae)
-        encoders = [
-            text_class(CLIPTextConfig(**config))
-            for text_class, config in zip(text_classes, architecture.text_encoders, strict=False)
-        ]
-    for network in (unet, vae, tiny_vae, *encoders):
+        networks = _make_networks(architecture)
+    for network in networks.values():
         settle(_randomise(network).to(dtype), device)
-    scheduler_class: Any = getattr(diffusers, architecture.scheduler.class_name)
-    family = FAMILIES[architecture.family]
-    pipe = family.pipeline_class(
-        unet=unet,
-        vae=vae,
-        scheduler=scheduler_class(**SCHEDULE),
-        **_text_parts(encoders),
-        **{"feature_extractor": None, **family.arguments},
-    )
-    return Parts(pipe, tiny_vae)
+    tiny_vae = networks.pop("tiny_vae", None)
+    return Parts(_make_pipe(architecture, networks), tiny_vae)
 
 
-def _text_parts(encoders: Sequence[nn.Module]) -> dict[str, Any]:
-    if len(encoders) == 1:
-        return {"text_encoder": encoders[0], "tokenizer": make_tokenizer(END)}
+def _make_networks(architecture: Architecture) -> dict[str, nn.Module]:
+    """By diffusers' names, and the tiny VAE."""
+    if architecture.vae is None or architecture.tiny_vae is None:
+        return {"unet": diffusers.UNet2DModel(**architecture.unet)}
+    text_classes = (CLIPTextModel, CLIPTextModelWithProjection)
+    names = ("text_encoder", "text_encoder_2")
+    encoders = zip(names, text_classes, architecture.text_encoders, strict=False)
     return {
-        "text_encoder": encoders[0],
-        "text_encoder_2": encoders[1],
-        "tokenizer": make_tokenizer(END),
-        "tokenizer_2": make_tokenizer("!"),
+        "unet": diffusers.UNet2DConditionModel(**architecture.unet),
+        "vae": diffusers.AutoencoderKL(**architecture.vae),
+        "tiny_vae": diffusers.AutoencoderTiny(**architecture.tiny_vae),
+        **{name: text_class(CLIPTextConfig(**config)) for name, text_class, config in encoders},
     }
+
+
+def _make_pipe(architecture: Architecture, networks: dict[str, nn.Module]) -> Any:
+    scheduler_class: Any = getattr(diffusers, architecture.scheduler.class_name)
+    if architecture.family == "consistency":
+        return diffusers.ConsistencyModelPipeline(**networks, scheduler=scheduler_class())
+    family = FAMILIES[architecture.family]
+    scheduler = scheduler_class.from_config(SCHEDULE, **architecture.scheduler.config)
+    tokenizers = dict(zip(("tokenizer", "tokenizer_2"), map(make_tokenizer, (END, "!")), strict=True))
+    used = [name.replace("text_encoder", "tokenizer") for name in networks if name.startswith("text_encoder")]
+    own = {"feature_extractor": None, **family.arguments, **{name: tokenizers[name] for name in used}}
+    return family.pipeline_class(**networks, scheduler=scheduler, **own)
 
 
 def _randomise(network: nn.Module) -> nn.Module:
@@ -397,3 +469,51 @@ class _Attentions(TorchFunctionMode):
         flops = 2 * num_products * (query.shape[-1] + value.shape[-1])
         self._counter.add(flops, query, key, value, attn_mask, output)
         return output
+
+
+class Peak:
+    """The most bytes that tensors made inside it take at once, on the meta device too: `num_bytes`.
+
+    Attention counts as one kernel, and kernels' own workspaces don't count. Not inside `torch.inference_mode`.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = self._live = 0
+        self._modes = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._modes.enter_context(torch.no_grad())
+        self._modes.enter_context(_Allocations(self))
+        self._modes.enter_context(_Attentions(Counter()))
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._modes.close()
+
+    def hold(self, storage: torch.UntypedStorage) -> None:
+        self._live += storage.nbytes()
+        self.num_bytes = max(self.num_bytes, self._live)
+        weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, num_bytes: int) -> None:
+        self._live -= num_bytes
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, peak: Peak) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._peak = peak
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(output):
+            if storage._cdata not in given and storage not in self._known:
+                self._known[storage] = True
+                self._peak.hold(storage)
+        return output
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -37,14 +37,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.full_size import ARCHITECTURES, Architecture, Attention, Counter, Parts, build_parts, make_spec, shrink
+from benchmarks.full_size import (
+    ARCHITECTURES,
+    GPU_BENCHMARK,
+    Architecture,
+    Attention,
+    Counter,
+    Parts,
+    build_parts,
+    make_spec,
+    shrink,
+)
 from benchmarks.jobs import make_job
 from benchmarks.machine import REPOSITORY, cpu_name
 from benchmarks.prompts import endless_prompts
 from benchmarks.report import print_table
 from broker.messages import Decoder, Delivery, Job
 from models.catalog import Size
-from models.families.latent_diffusion import LatentDiffusion
+from models.families.base import DiffusersFamily
 from models.graphs import Capture, Graphed, Replay
 from models.loading import FAMILIES, default_device
 from workers.engine import Engine, Finished, GenerationFailed
@@ -262,9 +272,9 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    names = [architecture.name for architecture in ARCHITECTURES]
+    names = [architecture.name for architecture in ARCHITECTURES if architecture.family != "consistency"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", nargs="+", choices=names, default=names)
+    parser.add_argument("--architectures", nargs="+", choices=names, default=GPU_BENCHMARK)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager", "graphs"])
     parser.add_argument("--max-batch", type=int, default=32, help="at the smallest size; larger ones have fewer rows")
     parser.add_argument("--max-compiled-batch", type=int, default=1, help="each batch size is compiled anew")
@@ -359,12 +369,12 @@ class Subject:
         """The first three columns of its rows."""
         return self.architecture.name, format_size(self.size), self.mode
 
-    def new_pipeline(self) -> tuple[LatentDiffusion, Graphs]:
+    def new_pipeline(self) -> tuple[DiffusersFamily, Graphs]:
         """The family's own pipeline, nothing captured yet, and its networks where they are captured."""
         graphs: Graphs = []
         kind = FAMILIES[self.architecture.family].kind
         in_mode = type(kind.__name__, (kind,), {"fast": lambda _, network: self._fast(network, graphs)})
-        pipeline: LatentDiffusion = in_mode(
+        pipeline: DiffusersFamily = in_mode(
             make_spec(self.architecture, self.size, self.max_batch),
             self.device,
             self._dtype,
@@ -412,7 +422,7 @@ def count_parameters(architecture: Architecture, parts: Parts) -> Iterator[Param
 # Parts
 
 
-def part_calls(pipeline: LatentDiffusion, size: Size, batch: int) -> dict[str, Callable[[], object]]:
+def part_calls(pipeline: DiffusersFamily, size: Size, batch: int) -> dict[str, Callable[[], object]]:
     """What the engine asks of a model, by the names that tables call it."""
     device = pipeline.device
     latents = torch.randn(batch, *pipeline.latent_shape(*size), device=device)
@@ -487,7 +497,7 @@ def measure_parts(
 
 @torch.inference_mode()
 def measure_batch(
-    subject: Subject, pipeline: LatentDiffusion, costs: Costs, batch: int, options: argparse.Namespace
+    subject: Subject, pipeline: DiffusersFamily, costs: Costs, batch: int, options: argparse.Namespace
 ) -> list[PartRow]:
     with torch.inference_mode(False):
         counters = costs.count(batch)
@@ -590,7 +600,7 @@ def run_engine(subject: Subject, options: argparse.Namespace, watch: Watch, repo
         report.add(measure_throughput(bench, batch, options.seconds))
 
 
-def start_engine(subject: Subject, pipeline: LatentDiffusion) -> Bench:
+def start_engine(subject: Subject, pipeline: DiffusersFamily) -> Bench:
     rows_seen: Tally[int] = Tally()
 
     def observe(_model: str, num_rows: int, _seconds: float) -> None:

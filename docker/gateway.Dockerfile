@@ -20,6 +20,7 @@ COPY broker/ broker/
 COPY models/__init__.py models/catalog.toml models/
 COPY models/catalog models/catalog
 COPY app/ app/
+COPY commands/ commands/
 RUN pip install --no-deps .
 
 USER fewstep

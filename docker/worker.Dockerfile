@@ -30,6 +30,7 @@ COPY README.md LICENSE cli.py supervisor.py ./
 COPY broker/ broker/
 COPY models/ models/
 COPY app/ app/
+COPY commands/ commands/
 COPY workers/ workers/
 RUN pip install --no-deps .
 

@@ -18,11 +18,14 @@ import torch
 from safetensors import safe_open
 
 from models.catalog import ModelSpec
+from models.families.consistency import ConsistencyModel
 from models.families.latent_diffusion import LatentDiffusion
 from models.families.sd import StableDiffusion
 from models.families.sdxl import StableDiffusionXL
 from models.hub.lockfile import LOCK_FILE
 from models.hub.needs import WEIGHTLESS
+from models.lora_files import LORA_NETWORKS, LoraReader
+from models.loras import MAX_RESIDENT, StyleLoras
 from models.networks import LoadError, Networks, check_weights, explained, settle
 from models.pipeline import FewStepPipeline
 from models.rows import keep_kernels
@@ -39,7 +42,7 @@ class Family:
     pipeline_name: str
     networks: frozenset[str]
     arguments: dict[str, Any]
-    kind: type[LatentDiffusion]
+    kind: type[LatentDiffusion] | type[ConsistencyModel]
 
     @property
     def pipeline_class(self) -> Any:
@@ -62,6 +65,7 @@ FAMILIES = {
         {"add_watermarker": False, "image_encoder": None},
         StableDiffusionXL,
     ),
+    "consistency": Family("ConsistencyModelPipeline", frozenset({"unet"}), {}, ConsistencyModel),
 }
 
 
@@ -71,13 +75,15 @@ def load_pipeline(
     dtype: torch.dtype,
     *,
     cuda_graphs: bool = False,
+    max_loras: int = MAX_RESIDENT,
     networks: Networks | None = None,
     lock_file: Path = LOCK_FILE,
 ) -> FewStepPipeline:
     """The model of a catalog entry, ready to compute on `device` in `dtype`. Models that are given the same `networks`
-    share what they have in common; `lock_file` says which commits of the Hub's repositories. Raises LoadError."""
+    share what they have in common; `lock_file` says which commits of the Hub's repositories. `max_loras` of its style
+    LoRAs stay in memory. Raises LoadError."""
     keep_kernels()
-    return _Loader(spec, device, dtype, networks or Networks(), lock_file).pipeline(cuda_graphs)
+    return _Loader(spec, device, dtype, networks or Networks(), lock_file).pipeline(cuda_graphs, max_loras)
 
 
 def load_diffusers(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
@@ -113,7 +119,7 @@ class _Loader:
         self._lock_file = lock_file
         self._family = FAMILIES[spec.family]
 
-    def pipeline(self, cuda_graphs: bool) -> FewStepPipeline:
+    def pipeline(self, cuda_graphs: bool, max_loras: int) -> FewStepPipeline:
         with self._told():
             pipe = self._load_pipe()
             return self._family.kind(
@@ -126,6 +132,7 @@ class _Loader:
                 scheduler_config=dict(pipe.scheduler.config),
                 revision=self._source.revision or self._spec.public_revision,
                 cuda_graphs=cuda_graphs,
+                loras=self._style_loras(pipe, max_loras),
             )
 
     def pipe(self) -> Any:
@@ -150,6 +157,7 @@ class _Loader:
         replaced = {part: self._load_replacement(part) for part in ("unet", "vae") if getattr(self._spec, part)}
         pipe = self._from_file(path, replaced) if path.is_file() else self._from_folder(path, replaced)
         self._check_guidance(pipe.unet)
+        self._check_classes(pipe.unet)
         self._fuse_lora(pipe)
         pipe.set_progress_bar_config(disable=True)
         return settle(pipe, self._device)
@@ -224,6 +232,13 @@ class _Loader:
         if (width is not None) != self._spec.guidance_embedded:
             raise LoadError(f"guidance is {self._spec.guidance!r}, but time_cond_proj_dim of the UNet is {width}")
 
+    def _check_classes(self, unet: Any) -> None:
+        names = self._spec.class_names
+        if names is not None and len(names) != unet.config.num_class_embeds:
+            raise LoadError(
+                f"classes names {len(names)}, but num_class_embeds of the UNet is {unet.config.num_class_embeds}"
+            )
+
     def _fuse_lora(self, pipe: Any) -> None:
         if self._lora is None or self._spec.lora is None:
             return
@@ -231,6 +246,12 @@ class _Loader:
             pipe.load_lora_weights(self._lora.parent, weight_name=self._lora.name, use_safetensors=True)
             pipe.fuse_lora(lora_scale=self._spec.lora.scale)
             pipe.unload_lora_weights()
+
+    def _style_loras(self, pipe: Any, max_resident: int) -> StyleLoras:
+        """What requests may ask for. Nothing is read yet."""
+        networks = {name: pipe.components[name] for name in LORA_NETWORKS if pipe.components.get(name) is not None}
+        reader = LoraReader(self._spec, type(pipe), networks, self._lock_file)
+        return StyleLoras(self._spec.name, self._spec.loras, self._device, networks, reader, max_resident)
 
     @cached_property
     def _own_networks(self) -> frozenset[str]:
@@ -240,7 +261,7 @@ class _Loader:
         check_weights(self._lora)
         with safe_open(self._lora, framework="pt") as file:
             has_text = any(key.startswith(("text_encoder", "lora_te")) for key in file.keys())  # noqa: SIM118 - no dict
-        return frozenset(("unet", "text_encoder", "text_encoder_2") if has_text else ("unet",))
+        return frozenset(LORA_NETWORKS if has_text else ("unet",))
 
     @cached_property
     def _lora(self) -> Path | None:

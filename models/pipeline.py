@@ -16,17 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.catalog import ModelSpec
+from models.loras import StyleLoras
 from models.schedules import ScheduleFactory
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What the network is told about one prompt: `prompt_embeds` "t d", and `pooled` "p" where the family has one.
+    """What the network is told about one prompt: `encoded` "t d", and `pooled` "p" where the family has one. To a
+    class-conditional network a prompt is a class, and `encoded` "" its number.
 
     `truncated` is the text that the tokenizer's length cut off.
     """
 
-    prompt_embeds: Tensor
+    encoded: Tensor
     pooled: Tensor | None = None
     truncated: str = ""
 
@@ -35,7 +37,8 @@ class FewStepPipeline(ABC):
     """The parts of one loaded model behind one meaning.
 
     All latents that go in or come out are float32 on `device`, whatever `dtype` the networks compute in, so that noise
-    and schedule arithmetic are the same everywhere.
+    and schedule arithmetic are the same everywhere. `loras` are the model's style LoRAs; not every family has
+    them.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class FewStepPipeline(ABC):
         dtype: torch.dtype,
         scheduler_config: dict[str, Any],
         revision: str,
+        loras: StyleLoras,
     ) -> None:
         self.spec = spec
         self.device = device
@@ -52,10 +56,12 @@ class FewStepPipeline(ABC):
         self.revision = revision
         self._scheduler_config = scheduler_config
         self.schedules = self._make_schedules(spec)
+        self.loras = loras
 
     def update(self, spec: ModelSpec) -> None:
         """Goes by another reading of its entry from now on. Schedulers that are gone still serve who asked for them."""
         self.schedules |= self._make_schedules(spec)
+        self.loras.know(spec.loras)
         self.spec = spec
 
     def _make_schedules(self, spec: ModelSpec) -> dict[str, ScheduleFactory]:
@@ -73,6 +79,10 @@ class FewStepPipeline(ABC):
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of a picture of `width` by `height` pixels."""
 
+    def sample_prompt(self, number: int) -> str:
+        """A prompt that this model takes, for a warm-up: another one for another number, as far as there are more."""
+        return f"sample {number}"
+
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str | None]) -> list[Conditioning]:
         """One conditioning per prompt; None stands for a negative prompt that was not given."""
@@ -88,7 +98,7 @@ class FewStepPipeline(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures as uint8 "b height width 3", on `device`, by the full decoder."""
+        """Pictures as uint8 "b height width 3", on `device`, by the full decoder where the family has decoders."""
 
     @abstractmethod
     def check(self, images: Sequence[NDArray[np.uint8]]) -> list[bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -22,7 +23,9 @@ class Schedule(Protocol):
     alphas_cumprod: Tensor
     config: Any
 
-    def set_timesteps(self, num_inference_steps: int, device: str) -> None: ...
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: str | None = None, **explicit: Any
+    ) -> None: ...
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **arguments: Any) -> Any: ...
 
@@ -31,6 +34,7 @@ class ScheduleFactory:
     """Makes the private schedulers of one catalog entry's scheduler from the model folder's own scheduler config."""
 
     def __init__(self, spec: SchedulerSpec, folder_config: dict[str, Any]) -> None:
+        self._timesteps = spec.timesteps
         self._template: Schedule = getattr(diffusers, spec.class_name).from_config(folder_config, **spec.config)
         accepted = inspect.signature(self._template.step).parameters
         self._prepared = lru_cache(maxsize=256)(self._set_timesteps)
@@ -46,7 +50,10 @@ class ScheduleFactory:
 
     def _set_timesteps(self, num_inference_steps: int) -> Schedule:
         schedule = copy.deepcopy(self._template)
-        schedule.set_timesteps(num_inference_steps, device="cpu")
+        if explicit := self._timesteps.get(num_inference_steps):
+            schedule.set_timesteps(timesteps=explicit, device="cpu")
+        else:
+            schedule.set_timesteps(num_inference_steps, device="cpu")
         return schedule
 
 
@@ -54,8 +61,11 @@ def predict_x0(schedule: Schedule, model_output: Tensor, timestep: Tensor, model
     """The clean latents that the network's output at `timestep` points to, for any scheduler.
 
     `model_input` is what the network saw, which is variance-preserving whatever the scheduler's own space is:
-    x_t = alpha x0 + sigma eps (Ho et al. 2020, eq. 4; v-prediction: Salimans and Ho 2022, section 4).
+    x_t = alpha x0 + sigma eps (Ho et al. 2020, eq. 4; v-prediction: Salimans and Ho 2022, section 4). Consistency
+    models have rules of their own.
     """
+    if isinstance(schedule, diffusers.CMStochasticIterativeScheduler):
+        return _consistency_x0(schedule, model_output, float(timestep), model_input)
     alpha, sigma = _alpha_sigma(schedule.alphas_cumprod, float(timestep))
     match schedule.config.prediction_type:
         case "epsilon":
@@ -66,6 +76,16 @@ def predict_x0(schedule: Schedule, model_output: Tensor, timestep: Tensor, model
             return model_output
         case unknown:
             raise ValueError(f"prediction_type {unknown!r} is none of epsilon, v_prediction, sample")
+
+
+def _consistency_x0(schedule: Any, model_output: Tensor, timestep: float, model_input: Tensor) -> Tensor:
+    """f(x, t) = c_skip(t) x + c_out(t) F(x, t) (Song et al. 2023, eq. 5 and appendix C). Timesteps are logarithms of
+    sigma, and the network sees x / sqrt(sigma^2 + sigma_data^2)."""
+    sigma = math.exp(timestep / 250)
+    c_skip, c_out = schedule.get_scalings_for_boundary_condition(sigma)
+    sample = model_input * (sigma**2 + schedule.config.sigma_data**2) ** 0.5
+    x0: Tensor = c_out * model_output + c_skip * sample
+    return x0.clamp(-1, 1) if schedule.config.clip_denoised else x0
 
 
 def _alpha_sigma(alphas_cumprod: Tensor, timestep: float) -> tuple[float, float]:

@@ -115,9 +115,11 @@ def _check_may_fetch(need: Need, lacking: tuple[str, ...], only_look: bool) -> N
 def _fetch(need: Need, lock: Lock) -> Place:
     from models.hub.pull import Planner, fetch
 
-    wanted = Planner(lock).plan(need)
-    num_bytes = sum(map(wanted.size, wanted.missing))
-    logger.info("%s: downloading %d MB from %s", need.model, num_bytes / 1e6, need.source)
-    place, lacking = _find(need, fetch(wanted, lock))
+    try:
+        wanted = Planner(lock).plan(need)
+        logger.info("%s: downloading %.1f MB from %s", need.model, wanted.num_missing_bytes / 1e6, need.source)
+        place, lacking = _find(need, fetch(wanted, lock))
+    except SourceError as error:
+        raise SourceError(f"{need.model}: {error}") from error
     assert place is not None, lacking
     return place

@@ -8,6 +8,7 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from workers.engine import Aborted
+from workers.engine.runner import ModelRunner
 
 BUCKETS_S = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192, 16.384)
 
@@ -52,6 +53,16 @@ class WorkerMetrics:
         self.prompts = Counter(
             "fewstep_prompts", "Prompts by whether the cache had them encoded", ["result"], registry=registry
         )
+        self.switches = Histogram(
+            "fewstep_lora_switch_seconds",
+            "Time of one change of the LoRAs in a model's weights",
+            ["model"],
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+        self.resident_loras = Gauge(
+            "fewstep_resident_loras", "Style LoRAs that are in memory", ["model"], registry=registry
+        )
         self.running = Gauge("fewstep_running_rows", "Rows held by the engine", registry=registry)
         self.warm = Gauge("fewstep_warm_model", "1 for each model that is warm here", ["model"], registry=registry)
         self.model_state = Gauge(
@@ -75,6 +86,10 @@ class WorkerMetrics:
         self.stopped_steps.labels(request.model).inc(len(request.steps_ms))
         self.stopped_rows.labels(request.model).inc(len(request.steps_ms) * request.num_rows)
         self.late_steps.labels(request.model).inc(output.is_late)
+
+    def watch_loras(self, model: str, runner: ModelRunner) -> None:
+        runner.observe_switch = self.switches.labels(model).observe
+        self.resident_loras.labels(model).set_function(lambda: runner.pipeline.loras.num_resident)
 
     def observe_prompts(self, hits: int, misses: int) -> None:
         self.prompts.labels("hit").inc(hits)

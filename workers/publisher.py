@@ -28,6 +28,7 @@ from broker.messages import (
     Timings,
 )
 from broker.redis_broker import RedisBroker
+from models.networks import LoadError
 from workers.engine import Aborted, Blocked, Finished, GenerationFailed, PreviewReady
 from workers.engine.outputs import Pixels
 from workers.engine.request import RequestState
@@ -150,6 +151,8 @@ def _job_error(error: Exception) -> JobError:
     """Words for the caller; the log has the rest."""
     if isinstance(error, torch.OutOfMemoryError):
         return JobError("out_of_memory", "the device ran out of memory; try fewer images or a smaller size", True)
+    if isinstance(error, LoadError):  # whose words name files of this machine
+        return JobError("internal_error", "a LoRA of this request can't be loaded; the worker's log says why")
     return JobError("internal_error", f"the picture could not be computed ({type(error).__name__})")
 
 

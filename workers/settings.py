@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from broker.settings import SharedSettings
 from models.catalog import CATALOG_PATH
+from models.hub.lockfile import LOCK_FILE
 
 
 class WorkerSettings(SharedSettings):
@@ -18,10 +19,12 @@ class WorkerSettings(SharedSettings):
 
     models: str = Field("mini-lcm", pattern=r"[^\s,]", description="catalog entries to keep warm, separated by commas")
     catalog: Path = CATALOG_PATH
+    lock_file: Path = Field(LOCK_FILE, description="commits and checksums of what comes from the Hub")
     memory_gib: float | None = Field(None, gt=0, description="for all models together; what is free if none")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes CUDA where there is one")
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
     cuda_graphs: bool = Field(False, description="replay networks as CUDA graphs")
+    max_loras: int = Field(16, ge=1, description="style LoRAs of each model that stay in memory")
     worker_metrics_host: str = "127.0.0.1"
     worker_metrics_port: int = Field(0, ge=0, le=65535, description="0: no metrics endpoint")
     lease_s: float = Field(15.0, gt=0, description="a worker silent for this long loses its requests to another")

@@ -242,6 +242,8 @@ class Worker:
             self._dtype_of(spec),
             cuda_graphs=self.settings.cuda_graphs,
             networks=self._networks,
+            lock_file=self.settings.lock_file,
+            max_loras=self.settings.max_loras,
         )
         padded = batch_sizes(spec, self._device) if self._device.type == "cuda" else None
         return ModelRunner(pipeline, padded)
@@ -250,6 +252,7 @@ class Worker:
         """Counts what a proven model does from now on; its warm-up doesn't count."""
         runner.observe_prompts = self.metrics.observe_prompts
         runner.observe_check = self.metrics.observe_check
+        self.metrics.watch_loras(runner.pipeline.spec.name, runner)
         logger.info("ready: %s on %s in %s", runner.pipeline.spec.name, self._device, self._dtype)
 
     def _report(self, model: str, detail: str) -> None:

@@ -213,7 +213,7 @@ def narrow(schema: Json, catalog: Mapping[str, ModelSpec]) -> None:
         "num_images": {"maximum": num_images},
         "n": {"maximum": min(10, num_images)},
         "decoder": {"enum": ["full", "auto", *(["tiny"] if any(spec.tiny_vae for spec in specs) else [])]},
-        "loras": {"maxItems": 0},
+        "loras": {"maxItems": min(8, max(len(spec.loras) for spec in specs))},
         "background": {"enum": ["auto", "opaque"]},
         "output_format": {"enum": list(FORMATS)},
     }

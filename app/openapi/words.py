@@ -101,7 +101,7 @@ FIELDS: dict[str, str] = {
     "guidance_scale": "within the model's limits",
     "seed": "0 to 9007199254740991 (2^53 − 1); the same seed gives the same picture; drawn at random by default",
     "scheduler": "one of the model's `schedulers`",
-    "loras": 'style LoRAs of the catalog, as `[{"name", "weight"}]`; no bundled model has one',
+    "loras": 'some of the model\'s `loras`, as `[{"name", "weight"}]`, each once; without a weight its default',
     "num_images": "picture i is drawn from `seed` + i; 1 by default",
     "decoder": "`full`, `tiny` (faster, coarser) or `auto`, the default, which is `full` here",
     "output_format": "`png`, `jpeg` or `webp`; `jpeg` by default",

@@ -8,10 +8,12 @@ from app.admission import Admission
 from app.dependencies import CallerDep, GatewayDep
 from app.errors import raises
 from app.fleet import find_standing, find_warm
-from app.schemas import Limit, ModelCard, ModelList, SizeCard, WorkerCosts
+from app.schemas import Limit, LoraCard, ModelCard, ModelList, SizeCard, WorkerCosts
 from broker.errors import BrokerError, BrokerUnavailable
 from broker.messages import SizeCosts, WarmModel, WorkerInfo
 from models.catalog import ModelSpec
+
+NUM_EXAMPLES = 10
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -50,15 +52,21 @@ def show_model(spec: ModelSpec, workers: list[WorkerInfo]) -> ModelCard:
         guidance_scale=Limit.model_validate(spec.guidance_scale, from_attributes=True),
         schedulers=list(spec.schedulers),
         default_scheduler=spec.default_scheduler,
+        loras=[LoraCard.model_validate(lora, from_attributes=True) for lora in spec.loras.values()],
         max_num_images=spec.max_num_images,
         max_prompt_chars=spec.max_prompt_chars,
         has_tiny_decoder=spec.tiny_vae is not None,
         has_safety_checker=spec.safety_checker is not None,
-        example_prompts=spec.example_prompts,
+        num_classes=None if spec.class_names is None else len(spec.class_names),
+        example_prompts=spec.example_prompts or _example_classes(spec),
         deprecated=spec.deprecated.isoformat() if spec.deprecated else None,
         sunset=spec.sunset.isoformat() if spec.sunset else None,
         workers=[show_worker(worker, model) for worker, model in warm],
     )
+
+
+def _example_classes(spec: ModelSpec) -> list[str]:
+    return [] if spec.class_names is None else spec.class_names.examples(NUM_EXAMPLES)
 
 
 def show_worker(worker: WorkerInfo, model: WarmModel) -> WorkerCosts:

@@ -97,6 +97,10 @@ def _check_lora_models(path: Path, loras: Mapping[str, StyleLora], models: Mappi
         if unknown := [model for model in lora.models if model not in models]:
             known = ", ".join(sorted(models))
             raise CatalogError(f"{path}: [{LORAS}.{name}] models: unknown model {unknown[0]!r}, there are {known}")
+        if unfit := [model for model in lora.models if models[model].family == "consistency"]:
+            raise CatalogError(
+                f"{path}: [{LORAS}.{name}] models: {unfit[0]} is a consistency model, which takes no LoRA"
+            )
 
 
 def _with_loras(spec: ModelSpec, loras: Mapping[str, StyleLora]) -> ModelSpec:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.catalog.classes import ClassNames, load_classes
 
 BUNDLED_PATH = Path(__file__).parent.with_name("bundled")
 
@@ -29,13 +32,37 @@ SchedulerClass = Literal[
 ]
 
 
+# Those whose `set_timesteps` takes a list of timesteps.
+TAKES_TIMESTEPS = (
+    "LCMScheduler",
+    "TCDScheduler",
+    "EulerDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+)
+
+
 class SchedulerSpec(_Entry):
     """A diffusers scheduler class that asks the network once a step, its changes to the folder's scheduler config, and
-    extra arguments of `step`, such as `eta`."""
+    extra arguments of `step`, such as `eta`.
+
+    `timesteps` are lists by their length, largest timestep first, for numbers of steps for which the model's authors
+    chose others than the scheduler does.
+    """
 
     class_name: SchedulerClass
     config: dict[str, Any] = {}
     step: dict[str, float] = {}
+    timesteps: dict[int, list[int]] = {}
+
+    @model_validator(mode="after")
+    def _known_timesteps(self) -> Self:
+        if self.timesteps and self.class_name not in TAKES_TIMESTEPS:
+            raise ValueError(f"timesteps: {self.class_name} takes none; {', '.join(TAKES_TIMESTEPS)} do")
+        for num_steps, timesteps in self.timesteps.items():
+            if len(timesteps) != num_steps or timesteps != sorted(set(timesteps), reverse=True):
+                raise ValueError(f"timesteps: {num_steps} falling numbers are needed, got {timesteps}")
+        return self
 
 
 class LoraSpec(_Entry):
@@ -158,6 +185,8 @@ class ModelSpec(_Entry):
             raise ValueError(f"config: a single file needs it and nothing else may have it; source is {self.source!r}")
         if (self.family == "consistency") != (self.classes is not None):
             raise ValueError(f"classes: the consistency family needs it and no other has it; family is {self.family}")
+        if self.family == "consistency":
+            self._check_consistency()
         num_rows = self.num_rows(self.max_num_images, self.guidance_scale.max)
         if num_rows > self.max_batch_size:
             raise ValueError(
@@ -165,6 +194,19 @@ class ModelSpec(_Entry):
                 f"max_batch_size is {self.max_batch_size}"
             )
         return self
+
+    def _check_consistency(self) -> None:
+        """It draws pixels from class numbers: there is no decoder, no text encoder and nothing to guide."""
+        if self.guidance != "none":
+            raise ValueError(f"guidance: the consistency family has none, got {self.guidance}")
+        if unused := [key for key in ("vae", "tiny_vae", "lora") if getattr(self, key) is not None]:
+            raise ValueError(f"{unused[0]}: the consistency family has no use for it")
+        assert self.class_names  # whose file is read now, so that its errors come now
+
+    @cached_property
+    def class_names(self) -> ClassNames | None:
+        """What prompts may name, for a class-conditional model."""
+        return None if self.classes is None else load_classes(self.classes)
 
     @property
     def default_size(self) -> Size:

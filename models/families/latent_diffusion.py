@@ -7,50 +7,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from models.catalog import ModelSpec
+from models.families.base import DiffusersFamily
 from models.families.latent_rgb import LatentRgb
-from models.graphs import Graphed
-from models.pipeline import Conditioning, FewStepPipeline, to_device, to_pixels
-from models.rows import SharedRows
-from models.safety import SafetyChecker
-from models.tracing import Traced
-
-T = TypeVar("T")
+from models.pipeline import Conditioning, to_device, to_pixels
 
 
-class LatentDiffusion(FewStepPipeline):
-    """`pipe` is a loaded diffusers pipeline of the family, `tiny_vae` an AutoencoderTiny for the same latents,
-    `safety` a network and a feature extractor for SafetyChecker.
-
-    `scheduler_config` is the model folder's own, which every scheduler of the catalog entry starts from. With
-    `cuda_graphs` a GPU replays networks as graphs, one per number of rows: the caller keeps these few.
-    """
+class LatentDiffusion(DiffusersFamily):
+    """`pipe` is a loaded diffusers pipeline of the family, `tiny_vae` an AutoencoderTiny for the same latents."""
 
     added_names: ClassVar[tuple[str, ...]] = ()  # what this family's UNet is told beside timestep and prompt
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        pipe: Any,
-        tiny_vae: Any | None,
-        safety: tuple[Any, Any] | None = None,
-        scheduler_config: dict[str, Any],
-        revision: str,
-        cuda_graphs: bool = False,
-    ) -> None:
-        super().__init__(spec, device, dtype, scheduler_config, revision)
-        self._has_graphs = cuda_graphs and device.type == "cuda"
-        self._rows = SharedRows() if device.type == "cpu" else None
+    def __init__(self, *arguments: Any, pipe: Any, tiny_vae: Any | None, **named: Any) -> None:
+        super().__init__(*arguments, **named)
         self.vae_scale_factor: int = pipe.vae_scale_factor
         self._latent_channels: int = pipe.unet.config.in_channels
         self._guidance_width: int | None = pipe.unet.config.time_cond_proj_dim
@@ -59,24 +32,10 @@ class LatentDiffusion(FewStepPipeline):
         self._predict = self.fast(_unet_network(pipe.unet, (*self.added_names, *embedded)))
         self._decode_full = self.fast(_decoder_network(pipe.vae))
         self._decode_tiny: Callable[[Tensor], Tensor] = (
-            LatentRgb(_decoder_network(pipe.vae), self._latent_channels, self.vae_scale_factor, device)
+            LatentRgb(_decoder_network(pipe.vae), self._latent_channels, self.vae_scale_factor, self.device)
             if tiny_vae is None
             else self.fast(_decoder_network(tiny_vae))
         )
-        self._safety_checker = None if safety is None else SafetyChecker(*safety, self.fast)
-
-    def fast(self, network: Callable[..., T]) -> Callable[..., T]:
-        """On a CPU networks are recorded, since the interpreter is a large part of a small step, and shared by rows."""
-        if self._rows is not None:
-            return self._rows.wrap(Traced(network))
-        return Graphed(network) if self._has_graphs else network
-
-    def expect_rows(self, num_rows: int) -> None:
-        if self._rows is not None:
-            self._rows.expect(num_rows)
-
-    def row_counts(self, max_rows: int) -> list[int]:
-        return [] if self._rows is None else self._rows.counts(max_rows)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return self._latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
@@ -84,7 +43,7 @@ class LatentDiffusion(FewStepPipeline):
     def predict(
         self, latents: Tensor, timesteps: Tensor, conditionings: Sequence[Conditioning], guidance_scales: Tensor
     ) -> Tensor:
-        inputs = [torch.stack([conditioning.prompt_embeds for conditioning in conditionings])]
+        inputs = [torch.stack([conditioning.encoded for conditioning in conditionings])]
         inputs += self.added_inputs(latents, conditionings)
         if self._guidance_width is not None:
             inputs.append(self._embed(guidance_scales))
@@ -104,10 +63,6 @@ class LatentDiffusion(FewStepPipeline):
 
     def preview(self, latents: Tensor) -> Tensor:
         return to_pixels(self._decode_tiny(latents))
-
-    def check(self, images: Sequence[NDArray[np.uint8]]) -> list[bool]:
-        assert self._safety_checker is not None, f"{self.spec.name} has no safety checker"
-        return self._safety_checker(images)
 
 
 def truncated_text(tokenizer: Any, text: str) -> str:

@@ -26,6 +26,7 @@ from models.hub.lockfile import is_safe_name
 COMMIT = re.compile("[0-9a-f]{40}")
 DEFAULT_REVISION = "main"
 CHUNK_BYTES = 2**20
+PARTIAL_SUFFIX = ".fewstep.incomplete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,3 +154,12 @@ def delete(paths: set[Path]) -> int:
         plan.execute()
         freed += plan.expected_freed_size
     return freed
+
+
+def delete_partial(repository: str) -> int:
+    """Deletes downloads that were never finished. Returns the bytes that this frees."""
+    paths = list((repository_folder(repository) / "blobs").glob(f"*{PARTIAL_SUFFIX}"))
+    num_freed = sum(path.stat().st_size for path in paths)
+    for path in paths:
+        path.unlink()
+    return num_freed

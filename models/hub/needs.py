@@ -1,7 +1,7 @@
 """Which files of a repository an entry of the catalog needs, and nothing more.
 
-Names in, names out: no disk, no network. Safetensors only; the entry's variant where a network has one, else the plain
-file.
+Names in, names out: no disk, no network. Safetensors only; the variant of the entry where a network has one, else the
+plain file.
 """
 
 from __future__ import annotations

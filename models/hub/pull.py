@@ -34,8 +34,17 @@ class Wanted:
     def missing(self) -> list[str]:
         return sorted(self.names - self.digests.keys())
 
+    @property
+    def num_missing_bytes(self) -> int:
+        return sum(self.size(name) for name in self.missing)
+
     def size(self, name: str) -> int:
         return self.listing.files[name].size
+
+    def __or__(self, other: Wanted) -> Wanted:
+        """Both, of the same commit of the same repository. The Hub's list of its files has more than the lock's."""
+        listing = max(self.listing, other.listing, key=lambda listing: len(listing.files))
+        return Wanted(self.need, listing, self.names | other.names, self.digests | other.digests)
 
 
 @dataclass(slots=True)
@@ -53,6 +62,14 @@ class Planner:
         """Raises SourceError."""
         return self._from_lock(need) or self._from_hub(need)
 
+    def plan_all(self, needs: Iterable[Need]) -> dict[str, Wanted]:
+        """One for each repository and revision, by its key in the lock file."""
+        plan: dict[str, Wanted] = {}
+        for need in needs:
+            key, wanted = lock_key(need.source, need.revision), self.plan(need)
+            plan[key] = plan[key] | wanted if key in plan else wanted
+        return plan
+
     def _from_lock(self, need: Need) -> Wanted | None:
         """Without asking anybody, where the lock knows all files and the cache has them."""
         locked = self._locked(need)
@@ -68,7 +85,7 @@ class Planner:
         listing = self._look_up(need)
         selection = select(need, listing.files, lambda name: _read(listing, name))
         if selection.lacking:
-            raise SourceError(f"{need.model}: {need.source} lacks {'; '.join(selection.lacking)}")
+            raise SourceError(f"{need.source} lacks {'; '.join(selection.lacking)}")
         return Wanted(need, listing, selection.names, _sound_digests(listing, selection.names))
 
     def _look_up(self, need: Need) -> Listing:

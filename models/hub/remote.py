@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from models.hub.cache import Digest, Snapshot, digest_of, repository_folder
+from models.hub.cache import PARTIAL_SUFFIX, Digest, Snapshot, digest_of, repository_folder
 from models.hub.errors import SourceError
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def download(
 def _receive_all(listing: Listing, name: str, blob: Path, advance: Advance, stop: threading.Event) -> Path:
     """Goes on where an earlier download ended, and after a broken connection as long as something still comes."""
     size, num_failures = listing.files[name].size, 0
-    partial = blob.with_name(f"{blob.name}.fewstep.incomplete")
+    partial = blob.with_name(f"{blob.name}{PARTIAL_SUFFIX}")
     with partial.open("ab") as file:
         advance(file.tell())
         while file.tell() < size:

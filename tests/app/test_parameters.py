@@ -56,7 +56,7 @@ def test_seeds_are_drawn_and_kept(spec: ModelSpec) -> None:
         ({"scheduler": "heun"}, "scheduler", "lcm, ddim, euler-ancestral"),
         ({"num_images": 10}, "num_images", "1 to 9"),
         ({"seed": MAX_SEED, "num_images": 2}, "seed", str(MAX_SEED)),
-        ({"loras": [{"name": "sketch"}]}, "loras", "no style LoRAs"),
+        ({"loras": [{"name": "etching"}]}, "loras.0.name", "mini-lcm has neon, sketch"),
     ],
 )
 def test_what_the_model_does_not_allow(spec: ModelSpec, values: dict[str, Any], param: str, allowed: str) -> None:
@@ -71,7 +71,7 @@ def test_what_the_model_does_not_allow(spec: ModelSpec, values: dict[str, Any], 
 def test_sizes_from_one_side(wide_spec: ModelSpec) -> None:
     assert complete(fields(width=640), wide_spec, DEFAULTS).height == 448
     assert complete(fields(height=640), wide_spec, DEFAULTS).width == 448
-    with pytest.raises(InvalidRequest, match="'640x512' is not allowed; sizes of sd15-lcm: 512x512, 448x640, 640x448"):
+    with pytest.raises(InvalidRequest, match="'640x512' is not allowed; sizes of sd15-lcm: 512x512, 448x576, 576x448"):
         complete(fields(width=640, height=512), wide_spec, DEFAULTS)
 
 

@@ -1,8 +1,9 @@
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from models.catalog import CatalogError, UnknownModelError, get_spec, load_catalog
+from models.catalog import CATALOG_PATH, CatalogError, ModelSpec, UnknownModelError, get_spec, load_catalog
 from tests.small_models import write_catalog
 
 MINIMAL = """
@@ -126,3 +127,122 @@ def test_unknown_model_lists_the_known(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match=r"nowhere\.toml"):
         load_catalog(tmp_path / "nowhere.toml")
+
+
+# The shipped entries
+
+LCM_LORAS = ("sd15-lcm", "dreamshaper-lcm-lora", "sdxl-lcm", "ssd-1b-lcm")
+FULL_LCMS = ("lcm-dreamshaper-v7", "lcm-sdxl")
+TURBOS = ("sdxl-turbo", "sd-turbo", "sdxl-turbo-lora")
+SHIPPED = load_catalog()
+PUBLISHED = {name: spec for name, spec in SHIPPED.items() if not spec.source.startswith("bundled:")}
+LATENT = {name: spec for name, spec in PUBLISHED.items() if spec.family != "consistency"}
+
+
+def ranges(spec: ModelSpec) -> tuple[float, float, float]:
+    return spec.guidance_scale.min, spec.guidance_scale.default, spec.guidance_scale.max
+
+
+def test_every_system_has_its_entry() -> None:
+    assert {*LCM_LORAS, *FULL_LCMS, *TURBOS, "cm-imagenet64"} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", LCM_LORAS)
+def test_an_lcm_lora_wants_no_guidance_or_a_little(name: str) -> None:
+    spec = SHIPPED[name]
+    assert (spec.guidance, *ranges(spec), spec.default_scheduler) == ("classifier-free", 0, 0, 2, "lcm")
+    assert spec.lora is not None
+    assert (spec.num_inference_steps.default, spec.num_inference_steps.max) == (4, 8)
+
+
+@pytest.mark.parametrize("name", FULL_LCMS)
+def test_a_full_lcm_reads_the_guidance_that_it_was_distilled_with(name: str) -> None:
+    spec = SHIPPED[name]
+    assert (spec.guidance, *ranges(spec), spec.default_scheduler) == ("embedded", 3, 8, 13, "lcm")
+    assert spec.lora is None
+    assert (spec.num_inference_steps.default, spec.num_inference_steps.max) == (4, 8)
+
+
+@pytest.mark.parametrize("name", TURBOS)
+def test_turbo_has_no_guidance_and_trailing_timesteps(name: str) -> None:
+    spec = SHIPPED[name]
+    assert (spec.guidance, *ranges(spec)) == ("none", 0, 0, 0)
+    assert spec.schedulers[spec.default_scheduler].config == {"timestep_spacing": "trailing"}
+    assert spec.schedulers["euler-ancestral"].class_name == "EulerAncestralDiscreteScheduler"
+
+
+def test_a_consistency_model_is_asked_for_classes() -> None:
+    spec = SHIPPED["cm-imagenet64"]
+    assert (spec.guidance, *ranges(spec), spec.classes, spec.sizes) == ("none", 0, 0, 0, "imagenet", [(64, 64)])
+    assert (spec.num_inference_steps.min, spec.num_inference_steps.max) == (1, 2)
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_sizes_suit_the_architecture(name: str) -> None:
+    """Portrait and landscape, each within a factor of the pixels that the model was trained for."""
+    spec = SHIPPED[name]
+    assert any(width < height for width, height in spec.sizes), "no portrait"
+    assert any(width > height for width, height in spec.sizes), "no landscape"
+    assert {(height, width) for width, height in spec.sizes} == set(spec.sizes)
+    assert all(side % 64 == 0 for size in spec.sizes for side in size)
+    assert spec.warm_sizes == [spec.default_size]
+    pixels = spec.default_size[0] * spec.default_size[1]
+    smallest = 0.25 if spec.default_size != (512, 512) else 0.9
+    assert all(smallest <= width * height / pixels <= 1.6 for width, height in spec.sizes)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in LATENT.items() if spec.family == "sdxl"])
+def test_sdxl_decodes_by_a_vae_that_half_precision_suffices_for(name: str) -> None:
+    assert SHIPPED[name].vae == "madebyollin/sdxl-vae-fp16-fix"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_solver_starts_in_the_middle(name: str) -> None:
+    """The spacing of a folder's own config may be "leading", whose first of few timesteps is far below the last one
+    of training."""
+    starts_at_the_end = {"LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler"}
+    for scheduler in SHIPPED[name].schedulers.values():
+        assert scheduler.class_name in starts_at_the_end or scheduler.config["timestep_spacing"] == "trailing"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_was_tested_and_what_it_takes_is_said(name: str) -> None:
+    spec = SHIPPED[name]
+    assert spec.tested_with == "random weights"
+    assert spec.memory_gib is not None
+    assert spec.license_url.startswith("https://huggingface.co/")
+
+
+@pytest.mark.parametrize("name", [name for name, spec in PUBLISHED.items() if spec.license != "MIT"])
+def test_a_licence_with_conditions_has_a_note(name: str) -> None:
+    spec = SHIPPED[name]
+    assert spec.license_note
+    assert ("non-commercial" in spec.license_note) == ("Stability AI" in spec.license)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_users_file_can_say_all_that_ships(tmp_path: Path, name: str) -> None:
+    """By copying an entry under another name; a key that nobody knows is refused in each."""
+    text = CATALOG_PATH.read_text(encoding="utf-8")
+    start = text.index(f"[{name}]")
+    rows = text[start:].splitlines(keepends=True)
+    own = "".join(row for row in take_entry(rows, name)).replace(f"[{name}", f"[my-{name}")
+    path = tmp_path / "own.toml"
+    path.write_text(own, encoding="utf-8")
+    copy = load_catalog(extra=path)[f"my-{name}"]
+    assert copy.model_copy(update={"name": name, "loras": SHIPPED[name].loras}) == SHIPPED[name]
+    path.write_text(own.replace("description =", "colour = 1\ndescription =", 1), encoding="utf-8")
+    with pytest.raises(CatalogError, match=rf"own\.toml: \[my-{name}\] colour: .*known are name, "):
+        load_catalog(extra=path)
+
+
+def take_entry(rows: list[str], name: str) -> list[str]:
+    """The rows of a table and its own sub-tables."""
+    heads = [index for index, row in enumerate(rows) if row.startswith("[")]
+    end = next((index for index in heads if not rows[index].startswith((f"[{name}]", f"[{name}."))), len(rows))
+    return rows[:end]
+
+
+def test_the_shipped_file_names_no_revision_that_nobody_looked_up() -> None:
+    tables = tomllib.loads(CATALOG_PATH.read_text(encoding="utf-8"))
+    assert [name for name in PUBLISHED if "revision" in tables[name]] == []

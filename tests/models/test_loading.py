@@ -71,7 +71,7 @@ def test_everything_computes_in_one_dtype(spec: ModelSpec, dtype: torch.dtype) -
     pipeline = load_pipeline(spec, CPU, dtype)
     latents = torch.randn(1, *pipeline.latent_shape(32, 32))
     (conditioning,) = pipeline.encode_prompts(["a red apple"])
-    assert conditioning.prompt_embeds.dtype == dtype
+    assert conditioning.encoded.dtype == dtype
     assert pipeline.predict(latents, torch.tensor([999.0]), [conditioning], torch.zeros(1)).dtype == torch.float32
     for pixels in (pipeline.decode(latents), pipeline.preview(latents)):
         assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (1, 32, 32, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -12,12 +13,15 @@ import torch
 
 from broker.messages import Delivery, Job, SamplingParams, SizeCosts, WarmModel
 from models.catalog import ModelSpec, Size
+from models.networks import LoadError
 from models.pipeline import FewStepPipeline
 from workers.engine.decoding import Decode, decoder_for
-from workers.engine.engine import Engine
+from workers.engine.engine import POLL_S, Engine
 from workers.engine.outputs import Blocked, EngineOutput, Finished, GenerationFailed, Pixels, PreviewReady
 from workers.engine.request import RequestState
 from workers.engine.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 GPU_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -60,6 +64,7 @@ def warm_up_in_turns(engine: Engine, model: str, report: Progress = lambda _: No
     for size in spec.warm_sizes:
         sizes.append((yield from _measure_size(engine, spec, size, rows, report)))
     text_ms = _text_ms(runner.pipeline)
+    yield from _try_loras(runner, report)
     runner.forget_prompts()
     revision = runner.pipeline.revision
     runner.warm_model = WarmModel(spec.name, revision, spec.max_batch_size, text_ms, tuple(sizes))
@@ -140,7 +145,8 @@ def _generate(
     num_steps: int = NUM_STEPS,
 ) -> Turns[list[RequestState]]:
     for index in range(num_rows):
-        prompt = f"warm-up {num_rows} {index}"  # each another, so that texts are encoded in batches too
+        # Each another, so that texts are encoded in batches too.
+        prompt = engine.runners[spec.name].pipeline.sample_prompt(num_rows**2 + index)
         job = _job(spec, size, index, prompt, previews=previews, num_steps=num_steps)
         engine.add(Delivery(job, attempt=1, waited_ms=0))
     outputs = yield from _run(engine, engine.runners[spec.name])
@@ -152,7 +158,7 @@ def _generate(
             raise WarmUpError(f"{spec.name}: {where} ran only one by one: lower max_batch_size ({spec.max_batch_size})")
     for output in outputs:
         if isinstance(output, Finished | PreviewReady | Blocked):
-            _check_picture(spec, output, _pixels(engine.runners[spec.name].pipeline, output))
+            check_picture(engine.runners[spec.name].pipeline, output)
     return [output.request for output in outputs if isinstance(output, Finished | Blocked)]
 
 
@@ -196,7 +202,9 @@ def _latents(request: RequestState) -> torch.Tensor:
     return request.denoising.latents
 
 
-def _check_picture(spec: ModelSpec, output: Finished | PreviewReady | Blocked, pixels: Pixels) -> None:
+def check_picture(pipeline: FewStepPipeline, output: Finished | PreviewReady | Blocked) -> None:
+    """Raises WarmUpError for a picture that isn't sound."""
+    spec, pixels = pipeline.spec, _pixels(pipeline, output)
     if not torch.isfinite(_latents(output.request)).all():
         raise WarmUpError(f"{spec.name}: the network gave latents that are not finite")
     if np.ptp(pixels) == 0:
@@ -204,13 +212,29 @@ def _check_picture(spec: ModelSpec, output: Finished | PreviewReady | Blocked, p
         raise WarmUpError(f"{spec.name}: the {kind} is one constant colour; an fp16 VAE that overflows does that")
 
 
+def _try_loras(runner: ModelRunner, report: Progress) -> Turns[None]:
+    """Reads and merges as many as stay in memory, each twice: the first merge makes room for the layers that it
+    touches, the second one tells what a switch costs. Without one that can't be read the model still serves."""
+    for choice in runner.pipeline.loras.fetch_first():
+        report(f"LoRA {choice.name}")
+        while not choice.is_read:
+            time.sleep(POLL_S)
+            yield
+        try:
+            for loras in ((choice,), (), (choice,), ()):
+                runner.use_loras(loras)
+                yield
+        except LoadError as error:
+            logger.error("requests for this LoRA will fail: %s", error)
+
+
 def _text_ms(pipeline: FewStepPipeline) -> float:
     """One prompt that no cache holds."""
     pipeline.expect_rows(1)
     started_s = time.perf_counter()
     with torch.inference_mode():
-        (conditioning,) = pipeline.encode_prompts(["a prompt that nobody sent"])
-        conditioning.prompt_embeds.cpu()  # waits for the device
+        (conditioning,) = pipeline.encode_prompts([pipeline.sample_prompt(0)])
+        conditioning.encoded.cpu()  # waits for the device
     return round((time.perf_counter() - started_s) * 1000, 3)
 
 

@@ -36,13 +36,17 @@ class Engine:
     ) -> None:
         self.runners = dict(runners)
         self._observe_step = observe_step
-        self._scheduler = scheduler_class(lambda request: self.runners[request.model].max_rows(request.size))
+        self._scheduler = scheduler_class(
+            lambda request: self.runners[request.model].max_rows(request.size),
+            lambda model: self.runners[model].switch_s,
+        )
         self._decodings: list[Decoding] = []
 
     def add(self, delivery: Delivery) -> None:
         """Queues a request; it joins its group's batch at the next step with room."""
-        spec = self.runners[delivery.job.model].pipeline.spec
-        self._scheduler.add(RequestState(delivery, spec, is_alone=delivery.is_last_attempt))
+        runner = self.runners[delivery.job.model]
+        loras = runner.fetch_loras(delivery.job.params.loras)
+        self._scheduler.add(RequestState(delivery, runner.pipeline.spec, loras, is_alone=delivery.is_last_attempt))
 
     def abort(self, abort: Abort, asked_s: float | None = None) -> None:
         """Stops a request at the next step boundary; `asked_s` is when somebody wished so. Unknown requests are
@@ -72,24 +76,27 @@ class Engine:
     def _run(self, batch: Batch[RequestState]) -> None:
         runner = self.runners[batch.requests[0].model]
         runner.expect(batch.requests)
+        runner.use_loras(batch.requests[0].loras)
+        started_s = time.perf_counter()
         if batch.admitted:
             runner.prepare(batch.admitted)
-        started_s = time.perf_counter()
+        prepared_s = time.perf_counter()
         previews = runner.step(batch.requests)
         num_rows = sum(request.num_rows for request in batch.requests)
-        self._observe_step(batch.requests[0].model, num_rows, time.perf_counter() - started_s)
+        self._observe_step(batch.requests[0].model, num_rows, time.perf_counter() - prepared_s)
         finished = [request for request in batch.requests if request.is_finished]
         self._decodings += previews + runner.decode(finished)
         for request in finished:
             self._scheduler.remove(request)
+        self._scheduler.charge(batch, time.perf_counter() - started_s)
 
     def _collect(self, *, may_wait: bool) -> list[EngineOutput]:
-        """The pictures that are ready. With nothing else to do it waits for them a little, and no longer: a new request
-        may come meanwhile."""
+        """The pictures that are ready. With nothing else to do it waits for them, or for a LoRA's file, a little and no
+        longer: a new request may come meanwhile."""
         ready = [decoding for decoding in self._decodings if decoding.is_ready()]
         for decoding in ready:
             self._decodings.remove(decoding)
-        if may_wait and self._decodings and not ready:
+        if may_wait and self.has_work and not ready:
             time.sleep(POLL_S)
         return withhold_blocked(self.runners, [decoding.output() for decoding in ready])
 

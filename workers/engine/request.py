@@ -13,6 +13,7 @@ from torch import Tensor
 
 from broker.messages import Abort, Delivery, Lane, SamplingParams
 from models.catalog import ModelSpec, Size
+from models.loras import ChosenLora
 from models.pipeline import Conditioning
 from models.schedules import Schedule
 
@@ -80,11 +81,13 @@ class Denoising:
 class RequestState:
     """One request from its arrival in the engine to its pixels. Times are `time.perf_counter()` seconds.
 
+    `loras` are the style LoRAs that it asked for, whose files may still be being read.
     `asked_to_stop_s` is when its abort arrived, which may be in the middle of a step.
     """
 
     delivery: Delivery
     spec: ModelSpec
+    loras: tuple[ChosenLora, ...] = ()
     is_alone: bool = False
     abort: Abort | None = None
     asked_to_stop_s: float = 0.0
@@ -126,7 +129,12 @@ class RequestState:
     def group(self) -> Hashable:
         """Requests of one group can share a forward pass."""
         alone = self.request_id if self.is_alone else None
-        return self.model, self.size, self.params.loras, alone
+        return self.model, self.size, self.loras, alone
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it waits for nothing but its turn."""
+        return all(choice.is_read for choice in self.loras)
 
     @property
     def submitted_s(self) -> float:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from broker.messages import WarmModel
+from broker.messages import LoraWeight, WarmModel
 from models.catalog import ModelSpec, Size
+from models.loras import ChosenLora
 from models.pipeline import Conditioning, FewStepPipeline, to_device
 from models.schedules import predict_x0
 from workers.engine.decoding import PendingPixels, decoder_for
@@ -21,6 +22,8 @@ from workers.engine.previews import PreviewBudget
 from workers.engine.request import Denoising, RequestState
 
 MAX_CACHED_PROMPTS = 1024
+
+PromptKey = tuple[str | None, Hashable]  # a text, and the LoRAs that it was encoded with
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +51,7 @@ class ModelRunner:
 
     `warm_model` is what warm-up measured; until then every step is waited for. `observe_prompts(hits, misses)` hears
     how many prompts of each new batch were already encoded, `observe_check(num_pictures, seconds)` of each batch of the
-    safety checker.
+    safety checker, `observe_switch(seconds)` of each change of LoRAs. `switch_s` is what the last change took.
     """
 
     def __init__(self, pipeline: FewStepPipeline, padded_sizes: Sequence[int] | None = None) -> None:
@@ -56,8 +59,10 @@ class ModelRunner:
         self.warm_model: WarmModel | None = None
         self.observe_prompts: Callable[[int, int], None] = lambda *_: None
         self.observe_check: Callable[[int, float], None] = lambda *_: None
+        self.observe_switch: Callable[[float], None] = lambda _: None
+        self.switch_s = 0.0
         self._padded_sizes = padded_sizes
-        self._prompts: OrderedDict[str | None, Conditioning] = OrderedDict()
+        self._prompts: OrderedDict[PromptKey, Conditioning] = OrderedDict()
         self._decoder = decoder_for(pipeline.device)
         self._previews = PreviewBudget()
         self._last_step: Any = None  # a torch.cuda.Event
@@ -72,10 +77,23 @@ class ModelRunner:
         """Which requests the coming calls are for: new ones and those that are under way."""
         self.pipeline.expect_rows(sum(request.num_rows for request in requests))
 
-    def prepare(self, requests: Sequence[RequestState]) -> None:
-        """Encodes the prompts of new requests in one batch and draws the noise of each."""
+    def fetch_loras(self, loras: Iterable[LoraWeight]) -> tuple[ChosenLora, ...]:
+        """What a request asked for; files that aren't in memory are read meanwhile."""
+        return self.pipeline.loras.fetch((lora.name, lora.weight) for lora in loras)
+
+    def use_loras(self, loras: tuple[ChosenLora, ...]) -> None:
+        """All that follows is computed with these. Raises LoadError for one that can't be read."""
         started_s = time.perf_counter()
-        self._encode({text for request in requests for text in _texts(request)})
+        if self.pipeline.loras.use(loras):
+            if self.pipeline.device.type == "cuda":  # else the time would be that of the launches
+                torch.cuda.current_stream(self.pipeline.device).synchronize()
+            self.switch_s = time.perf_counter() - started_s
+            self.observe_switch(self.switch_s)
+
+    def prepare(self, requests: Sequence[RequestState]) -> None:
+        """Encodes the prompts of new requests in one batch and draws the noise of each. All have the same LoRAs."""
+        started_s = time.perf_counter()
+        self._encode({key for request in requests for key in self._prompt_keys(request)})
         text_ms = _ms_since(started_s)
         for request in requests:
             request.joined_s, request.text_ms = started_s, text_ms
@@ -84,8 +102,10 @@ class ModelRunner:
             self._prompts.popitem(last=False)
 
     def update(self, spec: ModelSpec) -> None:
-        """Takes over what a new reading of the catalog says; what must stay as it was loaded is already kept in it."""
+        """Takes over what a new reading of the catalog says; what must stay as it was loaded is already kept in it.
+        Requests under way keep the LoRAs that they have."""
         self.pipeline.update(spec)
+        self.forget_prompts()
 
     def forget_prompts(self) -> None:
         self._prompts.clear()
@@ -138,14 +158,22 @@ class ModelRunner:
         if self.pipeline.device.type == "cuda":
             torch.cuda.synchronize(self.pipeline.device)
 
-    def _encode(self, texts: Collection[str | None]) -> None:
-        missing = [text for text in texts if text not in self._prompts]
-        self.observe_prompts(len(texts) - len(missing), len(missing))
+    def _encode(self, keys: Collection[PromptKey]) -> None:
+        missing = [key for key in keys if key not in self._prompts]
+        self.observe_prompts(len(keys) - len(missing), len(missing))
         if missing:
             padded = missing + missing[-1:] * self._padding(len(missing))
-            self._prompts.update(zip(missing, self.pipeline.encode_prompts(padded), strict=False))
-        for text in texts:
-            self._prompts.move_to_end(text)
+            conditionings = self.pipeline.encode_prompts([text for text, _ in padded])
+            self._prompts.update(zip(missing, conditionings, strict=False))
+        for key in keys:
+            self._prompts.move_to_end(key)
+
+    def _prompt_keys(self, request: RequestState) -> list[PromptKey]:
+        """The prompt's, and with guidance the negative one's."""
+        loras = self.pipeline.loras.of_text(request.loras)
+        params = request.params
+        texts = [params.prompt, params.negative_prompt] if request.is_guided else [params.prompt]
+        return [(text, loras) for text in texts]
 
     def _start(self, request: RequestState) -> Denoising:
         params = request.params
@@ -154,13 +182,14 @@ class ModelRunner:
         # A generator per image, on the CPU: the same noise on every device and whoever shares the batch.
         generators = [torch.Generator("cpu").manual_seed(params.seed + i) for i in range(params.num_images)]
         shape = self.pipeline.latent_shape(params.width, params.height)
+        conditionings = [self._prompts[key] for key in self._prompt_keys(request)]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         return Denoising(
             latents=to_device(noise, self.pipeline.device) * schedule.init_noise_sigma,
             schedule=schedule,
             step_arguments=factory.step_arguments | ({"generator": generators} if factory.takes_generator else {}),
-            conditioning=self._prompts[params.prompt],
-            negative=self._prompts[params.negative_prompt] if request.is_guided else None,
+            conditioning=conditionings[0],
+            negative=conditionings[1] if request.is_guided else None,
             guidance_scale=params.guidance_scale,
         )
 
@@ -210,10 +239,6 @@ class ModelRunner:
             return []
         pending = self._decoder.start(self.pipeline.preview, list(x0s.values()))
         return [Decoding(request, pixels, request.step_index) for request, pixels in zip(x0s, pending, strict=True)]
-
-
-def _texts(request: RequestState) -> list[str | None]:
-    return [request.params.prompt, request.params.negative_prompt] if request.is_guided else [request.params.prompt]
 
 
 def _denoising(request: RequestState) -> Denoising:

@@ -91,7 +91,7 @@ class Poisoned:
 
     def __init__(self, pipeline: FewStepPipeline) -> None:
         self._pipeline = pipeline
-        self._poison = pipeline.encode_prompts(["poison"])[0].prompt_embeds
+        self._poison = pipeline.encode_prompts(["poison"])[0].encoded
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
@@ -103,7 +103,7 @@ class Poisoned:
         conditionings: Sequence[Any],
         guidance_scales: torch.Tensor,
     ) -> torch.Tensor:
-        if any(torch.allclose(conditioning.prompt_embeds, self._poison) for conditioning in conditionings):
+        if any(torch.allclose(conditioning.encoded, self._poison) for conditioning in conditionings):
             raise RuntimeError("poison")
         return self._pipeline.predict(latents, timesteps, conditionings, guidance_scales)
 
@@ -152,13 +152,13 @@ def test_a_prompt_is_encoded_once(pipeline: FewStepPipeline, monkeypatch: pytest
 
 def test_the_prompt_cache_is_bounded(pipeline: FewStepPipeline) -> None:
     runner = ModelRunner(pipeline)
-    runner._prompts.update((f"old {i}", pipeline.encode_prompts(["x"])[0]) for i in range(MAX_CACHED_PROMPTS))
+    runner._prompts.update(((f"old {i}", ()), pipeline.encode_prompts(["x"])[0]) for i in range(MAX_CACHED_PROMPTS))
     engine = Engine({"small": runner})
     engine.add(make_delivery(prompt="new"))
     run_until_done(engine)
     assert len(runner._prompts) == MAX_CACHED_PROMPTS
-    assert "new" in runner._prompts
-    assert "old 0" not in runner._prompts
+    assert ("new", ()) in runner._prompts
+    assert ("old 0", ()) not in runner._prompts
 
 
 def test_a_truncated_prompt_is_known(engine: Engine) -> None:

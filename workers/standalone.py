@@ -1,0 +1,17 @@
+"""A worker's engine with one model and without a queue, for commands that draw on their own."""
+
+from __future__ import annotations
+
+from models.catalog import ModelSpec
+from models.loading import load_pipeline
+from workers.engine import Engine
+from workers.engine.runner import ModelRunner
+from workers.settings import WorkerSettings
+from workers.worker import place
+
+
+def load_engine(spec: ModelSpec, settings: WorkerSettings) -> Engine:
+    """Loads the model as a worker of these settings does. Raises LoadError, SettingsError."""
+    device, dtype = place(settings)
+    pipeline = load_pipeline(spec, device, dtype, cuda_graphs=settings.cuda_graphs, lock_file=settings.lock_file)
+    return Engine({spec.name: ModelRunner(pipeline)})
