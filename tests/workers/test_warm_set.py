@@ -23,7 +23,7 @@ from tests.small_models import small_sdxl_spec, small_spec
 from workers.engine import Engine
 from workers.engine.runner import ModelRunner
 from workers.metrics import WorkerMetrics
-from workers.warm_set import ModelState, NothingToServe, WarmSet
+from workers.warm_set import MemoryBudget, ModelState, NothingToServe, WarmSet
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ class Device:
             self.load,
             device=CPU,
             dtype_of=lambda _: "float32",
-            memory_gib=memory_gib,
+            make_budget=lambda: MemoryBudget(CPU, memory_gib),
             metrics=self.metrics,
             on_warm=lambda _: None,
             on_change=lambda: None,
