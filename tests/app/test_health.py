@@ -83,6 +83,7 @@ async def test_models(api: Api) -> None:
     models = (await api.http.get("/v1/models")).json()
     assert (models["object"], models["default"]) == ("list", "mini-lcm")
     card = (await api.http.get("/v1/models/mini-lcm")).json()
+    assert (card["guidance"], card["tested_with"]) == ("classifier-free", "published weights")
     assert card == models["data"][0]
     assert (card["ready"], card["state"]) == (True, "warm")
     assert api.painter.worker_id in card["state_detail"]
