@@ -43,6 +43,11 @@ train: $(VENV)/.dev  ## Make the bundled model anew, in two to three hours; an i
 	$(BIN)/python -m models.training.lcm --latents $(RUNS)/latents --teacher $(RUNS)/teacher --out $(RUNS)/lcm
 	$(BIN)/python -m models.training.export --autoencoder $(RUNS)/autoencoder --teacher $(RUNS)/teacher --lcm $(RUNS)/lcm
 	$(BIN)/python -m models.training.evaluate --out $(RUNS)/figures --card models/training/cards/mini-sd.md
+	for style in neon sketch; do \
+		$(BIN)/python -m models.training.style $$style --out $(RUNS)/$$style --ship models/bundled && \
+		$(BIN)/python -m models.training.evaluate_style $$style --out $(RUNS)/figures/$$style \
+			--card models/training/cards/mini-$$style.md || exit 1; \
+	done
 
 clean:  ## Remove the virtual environment
 	rm -rf $(VENV)

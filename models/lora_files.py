@@ -6,9 +6,10 @@ translates between them; the rules of what is left stand here.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,15 @@ class Factors:
 
 @dataclass(slots=True, eq=False)
 class Lora:
-    """A style LoRA in memory: network -> layer -> factors. `device` is where these are."""
+    """A style LoRA in memory: network -> layer -> factors. `device` is where these are.
+
+    `number` tells it from others of the same name, which an earlier reading of the catalog may have had.
+    """
 
     name: str
     networks: dict[str, dict[str, Factors]]
     device: torch.device
+    number: int = field(default_factory=itertools.count().__next__)
 
     @property
     def touches_text(self) -> bool:

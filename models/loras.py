@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -71,7 +71,8 @@ class StyleLoras:
 
     @property
     def num_resident(self) -> int:
-        return len(self._resident)
+        """How many are in memory and stay there. May be asked from any thread."""
+        return sum(reading.done() and reading.exception() is None for reading in list(self._resident.values()))
 
     def know(self, entries: Mapping[str, StyleLora]) -> None:
         """From now on these may be asked for. What was read for an entry that is another one now is forgotten."""
@@ -104,9 +105,9 @@ class StyleLoras:
             has_changed |= network.merge(merges)
         return has_changed
 
-    def of_text(self, chosen: tuple[ChosenLora, ...]) -> tuple[tuple[str, float], ...]:
-        """Those that change what prompts are encoded to."""
-        return tuple((choice.name, choice.weight) for choice in chosen if choice.lora.touches_text)
+    def of_text(self, chosen: tuple[ChosenLora, ...]) -> Hashable:
+        """What stands for those that change what prompts are encoded to."""
+        return tuple((choice.lora.number, choice.weight) for choice in chosen if choice.lora.touches_text)
 
     def _reading(self, name: str) -> Future[Lora]:
         known = self._resident.get(name)

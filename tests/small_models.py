@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
     DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
@@ -41,6 +46,20 @@ SCHEDULERS = {
     "dpm-solver": SchedulerSpec(class_name="DPMSolverMultistepScheduler"),
     "tcd": SchedulerSpec(class_name="TCDScheduler"),
 }
+CONSISTENCY_SCHEDULERS = {  # of the paper, and of diffusers where the paper gives no timesteps
+    "multistep": SchedulerSpec(class_name="CMStochasticIterativeScheduler", timesteps={2: [22, 0]}),
+    "even": SchedulerSpec(class_name="CMStochasticIterativeScheduler"),
+}
+TURBO_SCHEDULER: dict[str, Any] = {  # what the folders of SDXL-Turbo and SD-Turbo say of theirs
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "timestep_spacing": "trailing",
+}
+NO_GUIDANCE: dict[str, Any] = {"guidance": "none", "guidance_scale": Range(default=0, min=0, max=0)}
+EMBEDDED: dict[str, Any] = {"guidance": "embedded", "guidance_scale": Range(default=8.5, min=3, max=13)}
 
 
 def make_sd_folder(folder: Path, time_cond_proj_dim: int | None = None) -> None:
@@ -61,53 +80,100 @@ def make_sd_folder(folder: Path, time_cond_proj_dim: int | None = None) -> None:
     ).save_pretrained(folder)
 
 
-def make_sdxl_folder(folder: Path) -> None:
+def make_sd_turbo_folder(folder: Path) -> None:
+    """Stable Diffusion 2.1 as SD-Turbo has it: OpenCLIP's text encoder and padding, attention heads of one width in
+    linear projections, a scheduler with trailing timesteps."""
+    torch.manual_seed(5)
+    StableDiffusionPipeline(
+        text_encoder=CLIPTextModel(_text_config(hidden_size=32, hidden_act="gelu", projection_dim=16, pad_token_id=2)),
+        tokenizer=_make_tokenizer(pad_token="!"),
+        unet=_make_unet(cross_attention_dim=32, attention_head_dim=(2, 4), use_linear_projection=True),
+        vae=_make_vae(scaling_factor=0.5),
+        scheduler=EulerDiscreteScheduler(**TURBO_SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def make_sdxl_folder(folder: Path, scheduler: Any = None, **unet: Any) -> None:
     """The same in SDXL's layout: two text encoders of different widths, a pooled embedding, time ids."""
     torch.manual_seed(3)
-    unet = _make_unet(
-        cross_attention_dim=32 + 48,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 24,
-    )
     StableDiffusionXLPipeline(
         text_encoder=CLIPTextModel(_text_config(hidden_size=32)),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(hidden_size=48, projection_dim=24)),
         tokenizer=_make_tokenizer(),
         tokenizer_2=_make_tokenizer(),
-        unet=unet,
+        unet=_make_sdxl_unet(**unet),
         vae=_make_vae(scaling_factor=0.5),
-        scheduler=_make_scheduler(),
+        scheduler=scheduler or _make_scheduler(),
     ).save_pretrained(folder)
 
 
-def _text_config(hidden_size: int, **changes: Any) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=1000,
-        hidden_size=hidden_size,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        **changes,
+def make_lcm_sdxl_unet_folder(folder: Path) -> None:
+    """A full LCM's UNet for SDXL, all that lcm-sdxl publishes."""
+    torch.manual_seed(6)
+    _make_sdxl_unet(time_cond_proj_dim=32).save_pretrained(folder)
+
+
+def make_consistency_folder(folder: Path) -> None:
+    """A ConsistencyModelPipeline folder of ImageNet's classes at 32x32, with the layers of cd_imagenet64_l2."""
+    torch.manual_seed(7)
+    unet = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        num_class_embeds=1000,
+        block_out_channels=(32, 64),
+        attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=32,
+        upsample_type="resnet",
+        downsample_type="resnet",
     )
+    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=40, sigma_min=0.002, sigma_max=80.0)
+    ConsistencyModelPipeline(unet, scheduler).save_pretrained(folder)
+
+
+def _text_config(hidden_size: int, **changes: Any) -> CLIPTextConfig:
+    values: dict[str, Any] = {
+        "vocab_size": 1000,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 16,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    return CLIPTextConfig(hidden_size=hidden_size, **(values | changes))
 
 
 def _make_unet(**changes: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        norm_num_groups=8,
+    values: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**(values | changes))
+
+
+def _make_sdxl_unet(**changes: Any) -> UNet2DConditionModel:
+    return _make_unet(
+        cross_attention_dim=32 + 48,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
         **changes,
     )
 
@@ -206,12 +272,18 @@ def small_lcm_spec(root: Path) -> ModelSpec:
     """A full LCM: no LoRA, and the guidance scale goes into its network."""
     if not (root / "lcm").exists():
         make_sd_folder(root / "lcm", time_cond_proj_dim=32)
-    guidance = Range(default=8.5, min=3, max=13)
-    return small_spec(root, source=str(root / "lcm"), lora=None, guidance_scale=guidance, guidance="embedded")
+    return small_spec(root, source=str(root / "lcm"), lora=None, **EMBEDDED)
+
+
+def small_sd_turbo_spec(root: Path) -> ModelSpec:
+    if not (root / "sd-turbo").exists():
+        make_sd_turbo_folder(root / "sd-turbo")
+    source = str(root / "sd-turbo")
+    return small_spec(root, source=source, lora=None, default_scheduler="euler-ancestral", **NO_GUIDANCE)
 
 
 def small_sdxl_spec(root: Path, **changes: Any) -> ModelSpec:
-    """SDXL's layout with the scheduler of SDXL-Turbo as default."""
+    """SDXL's layout."""
     if not (root / "sdxl").exists():
         make_sdxl_folder(root / "sdxl")
         make_lora_folder(root / "sdxl-lora", root / "sdxl")
@@ -224,7 +296,83 @@ def small_sdxl_spec(root: Path, **changes: Any) -> ModelSpec:
     return small_spec(root, **(values | changes))
 
 
-def _make_tokenizer() -> CLIPTokenizerFast:
+def small_sdxl_lora_spec(root: Path) -> ModelSpec:
+    """SDXL and an LCM-LoRA."""
+    return small_sdxl_spec(root, lora=LoraSpec(source=str(root / "sdxl-lora")), default_scheduler="lcm")
+
+
+def small_turbo_lora_spec(root: Path) -> ModelSpec:
+    """SDXL and a LoRA that makes a Turbo of it."""
+    lora = LoraSpec(source=str(root / "sdxl-lora"), scale=0.8)
+    return small_sdxl_spec(root, lora=lora, default_scheduler="euler-ancestral", **NO_GUIDANCE)
+
+
+def small_sdxl_turbo_spec(root: Path) -> ModelSpec:
+    if not (root / "sdxl-turbo").exists():
+        make_sdxl_folder(root / "sdxl-turbo", EulerAncestralDiscreteScheduler(**TURBO_SCHEDULER))
+    schedulers = SCHEDULERS | {"euler-ancestral": SchedulerSpec(class_name="EulerAncestralDiscreteScheduler")}
+    return small_sdxl_spec(root, source=str(root / "sdxl-turbo"), schedulers=schedulers, **NO_GUIDANCE)
+
+
+def small_lcm_sdxl_spec(root: Path) -> ModelSpec:
+    """SDXL with the UNet of a full LCM."""
+    if not (root / "lcm-sdxl").exists():
+        make_lcm_sdxl_unet_folder(root / "lcm-sdxl")
+    return small_sdxl_spec(root, unet=str(root / "lcm-sdxl"), default_scheduler="lcm", **EMBEDDED)
+
+
+def small_ssd_spec(root: Path) -> ModelSpec:
+    """SSD-1B: SDXL with fewer transformer layers, other ones on the way up, and none in the middle; an LCM-LoRA."""
+    if not (root / "ssd").exists():
+        make_sdxl_folder(
+            root / "ssd",
+            block_out_channels=(16, 32, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2D",
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(1, 2, 4),
+            transformer_layers_per_block=[1, [1], [2]],
+            reverse_transformer_layers_per_block=[[1, 2], [1, 1], 1],
+        )
+        make_lora_folder(root / "ssd-lora", root / "ssd")
+    lora = LoraSpec(source=str(root / "ssd-lora"))
+    return small_sdxl_spec(root, source=str(root / "ssd"), lora=lora, default_scheduler="lcm")
+
+
+def small_consistency_spec(root: Path, **changes: Any) -> ModelSpec:
+    """Class-conditional, in pixels; one size, which its network was made for."""
+    if not (root / "consistency").exists():
+        make_consistency_folder(root / "consistency")
+    values: dict[str, Any] = {
+        "family": "consistency",
+        "source": str(root / "consistency"),
+        "classes": "imagenet",
+        "tiny_vae": None,
+        "lora": None,
+        "schedulers": CONSISTENCY_SCHEDULERS,
+        "default_scheduler": "multistep",
+        "num_inference_steps": StepRange(default=2, min=1, max=4),
+        "sizes": [(32, 32)],
+    }
+    return small_spec(root, **(values | NO_GUIDANCE | changes))
+
+
+# Every family and variant that the catalog has, by what is special about it.
+SMALL_SPECS: dict[str, Callable[[Path], ModelSpec]] = {
+    "sd with an LCM-LoRA": small_spec,
+    "full LCM of sd": small_lcm_spec,
+    "sd turbo": small_sd_turbo_spec,
+    "sdxl": small_sdxl_spec,
+    "sdxl with an LCM-LoRA": small_sdxl_lora_spec,
+    "full LCM of sdxl": small_lcm_sdxl_spec,
+    "sdxl turbo": small_sdxl_turbo_spec,
+    "sdxl with a Turbo LoRA": small_turbo_lora_spec,
+    "ssd-1b with an LCM-LoRA": small_ssd_spec,
+    "consistency": small_consistency_spec,
+}
+
+
+def _make_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<|startoftext|>", "<|endoftext|>"]
@@ -241,7 +389,7 @@ def _make_tokenizer() -> CLIPTokenizerFast:
         bos_token=special[0],
         eos_token=special[1],
         unk_token=special[1],
-        pad_token=special[1],
+        pad_token=pad_token,
         model_max_length=16,
     )
 

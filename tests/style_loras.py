@@ -74,7 +74,8 @@ def by_name(*entries: StyleLora) -> dict[str, StyleLora]:
 
 
 def _layers(base: Path, network: str, pattern: str) -> dict[str, Tensor]:
-    module = CLASSES[network].from_pretrained(base / network)
+    is_half = any((base / network).glob("*.fp16.safetensors"))
+    module = CLASSES[network].from_pretrained(base / network, variant="fp16" if is_half else None)
     return {
         name: layer.weight
         for name, layer in module.named_modules()

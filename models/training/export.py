@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -73,19 +75,31 @@ def _drop_key(config: Path, key: str) -> None:
     config.write_text(json.dumps(table, indent=2) + "\n")
 
 
-def export_lora(lcm: Path, folder: Path, scheduler: LCMScheduler) -> None:
-    """Write the LoRA in fp16, and beside it the scheduler that it was distilled for."""
-    weights = {name: weight.half() for name, weight in load_file(lcm / LORA_WEIGHT_NAME_SAFE).items()}
+def export_lora(lora: Path, folder: Path) -> None:
+    """Write a LoRA in fp16."""
+    weights = {name: weight.half() for name, weight in load_file(lora / LORA_WEIGHT_NAME_SAFE).items()}
     folder.mkdir(parents=True)
     save_file(weights, folder / LORA_WEIGHT_NAME_SAFE, metadata={"format": "pt"})
-    scheduler.save_pretrained(folder)
 
 
-def export_cards(folder: Path) -> None:
+@contextmanager
+def shipment(out: Path) -> Iterator[Path]:
+    """A folder to export models into; at the end they get their cards and go to `out`, unless they are too large."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as name:
+        made = Path(name)
+        yield made
+        add_cards(made)
+        _make_readable(made)
+        if folder_bytes(made) > MAX_BYTES:
+            raise SystemExit(f"{folder_bytes(made):,} bytes are more than the {MAX_BYTES:,} that may ship")
+        put_in_place(made, out)
+
+
+def add_cards(made: Path) -> None:
     """Put the model cards beside the weights."""
-    for card in CARDS.glob("*.md"):
-        (folder / card.stem).mkdir(exist_ok=True)
-        shutil.copyfile(card, folder / card.stem / "README.md")
+    for folder in made.iterdir():
+        shutil.copyfile(CARDS / f"{folder.name}.md", folder / "README.md")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -116,18 +130,12 @@ def main(
     """Write mini-sd, mini-taesd and mini-lcm-lora."""
     vocabulary = load_vocabulary()
     pipeline = build_pipeline(autoencoder / "vae", teacher)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as name:
-        made = Path(name)
-        export_lora(lcm, made / "mini-lcm-lora", lcm_scheduler(pipeline))
+    with shipment(out) as made:
+        export_lora(lcm, made / "mini-lcm-lora")
+        lcm_scheduler(pipeline).save_pretrained(made / "mini-lcm-lora")
         export_tiny(autoencoder / "taesd", made / "mini-taesd")
         export_sd(pipeline, made / "mini-sd")
         save_reference(made / "mini-sd" / "reference", vocabulary, draw_sprites(vocabulary))
-        export_cards(made)
-        _make_readable(made)
-        if folder_bytes(made) > MAX_BYTES:
-            raise SystemExit(f"{folder_bytes(made):,} bytes are more than the {MAX_BYTES:,} that may ship")
-        put_in_place(made, out)
     print(f"{folder_bytes(out):,} bytes in {out}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from models.training.dataset import Composer, Scene, SceneSampler
+from models.training.dataset import Composer, Pixels, Scene, SceneSampler
 from models.training.linear_code import LinearCode
 from models.training.pixels import to_tensor
 from models.training.vocabulary import Vocabulary, load_vocabulary
@@ -26,6 +27,8 @@ CODE = "code.safetensors"
 LATENTS = "latents.safetensors"
 SCENES = "scenes.json"
 FIT_PICTURES = 1000
+
+Encode = Callable[[Tensor], Tensor]  # pictures `"b 3 64 64"` in -1 to 1 to scaled latents `"b 4 16 16"`
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,21 @@ def fit_code(vocabulary: Vocabulary, count: int = FIT_PICTURES, seed: int = 6) -
 
 
 def encode_scenes(
-    vocabulary: Vocabulary, code: LinearCode, count: int, batch_size: int = 64, seed: int = 7
+    vocabulary: Vocabulary,
+    encode: Encode,
+    count: int,
+    restyle: Callable[[Pixels], Pixels] | None = None,
+    batch_size: int = 64,
+    seed: int = 7,
 ) -> LatentCache:
-    """Draw scenes, paint them and encode them."""
+    """Draw scenes, paint them (and redraw them in a style) and encode them."""
     rng = random.Random(seed)
     sampler, composer = SceneSampler(vocabulary), Composer(vocabulary)
     scenes = [sampler.sample(rng) for _ in range(count)]
     batches = []
     for start in tqdm(range(0, count, batch_size), desc="latents", mininterval=2.0):
-        pixels = to_tensor([composer.compose(scene, rng) for scene in scenes[start : start + batch_size]])
-        batches.append(code.encode(pixels).half())
+        pictures = [composer.compose(scene, rng) for scene in scenes[start : start + batch_size]]
+        batches.append(encode(to_tensor([restyle(picture) for picture in pictures] if restyle else pictures)).half())
     return LatentCache(torch.cat(batches), scenes)
 
 
@@ -83,7 +91,7 @@ def main(
     if not (out / CODE).exists():
         fit_code(vocabulary).save(out / CODE)
     code = LinearCode.load(out / CODE)
-    encode_scenes(vocabulary, code, pictures).save(out)
+    encode_scenes(vocabulary, code.encode, pictures).save(out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ timesteps. Boundary scalings are those of diffusers' `LCMScheduler`, the loss is
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -149,10 +150,12 @@ class Distiller:
         return states.float()
 
 
-def with_lora(unet: UNet2DConditionModel, rank: int = LORA_RANK) -> UNet2DConditionModel:
+def with_lora(
+    unet: UNet2DConditionModel, rank: int = LORA_RANK, targets: Sequence[str] = LORA_TARGETS
+) -> UNet2DConditionModel:
     """A copy that trains a LoRA only. Its strength `alpha` equals the rank, diffusers' default on loading."""
     student = copy.deepcopy(unet).train()
-    student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
+    student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
     return student
 
 

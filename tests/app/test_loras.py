@@ -75,7 +75,7 @@ def test_a_weight_of_nothing_is_left_out(spec: ModelSpec) -> None:
 @pytest.mark.parametrize(
     ("loras", "param", "allowed", "code"),
     [
-        ([{"name": "oil"}], "loras.0.name", "'oil' is not allowed; mini-lcm has clay, ink", "lora_not_found"),
+        ([{"name": "oil"}], "loras.0.name", "'oil' is not allowed; mini-lcm has clay, ink, neon, sketch", "lora_not_found"),
         ([{"name": "clay"}, {"name": "ink", "weight": 1.3}], "loras.1.weight", "ink allows -0.5 to 1.2", None),
         ([{"name": "ink", "weight": -0.6}], "loras.0.weight", "-0.6 is not allowed; ink allows -0.5 to 1.2", None),
         ([{"name": "ink"}, {"name": "clay"}, {"name": "ink"}], "loras.2.name", "can be given once", None),
@@ -112,7 +112,9 @@ async def test_what_is_wrong_is_named(api: Api) -> None:
 
 async def test_a_model_lists_its_loras(api: Api) -> None:
     models = {model["id"]: model for model in (await api.http.get("/v1/models")).json()["data"]}
-    ink, clay = models["mini-lcm"]["loras"]
+    loras = {lora["name"]: lora for lora in models["mini-lcm"]["loras"]}
+    assert loras.keys() == {"neon", "sketch", "ink", "clay"}
+    ink, clay = loras["ink"], loras["clay"]
     assert ink == {
         "name": "ink",
         "description": "ink drawings",

@@ -56,7 +56,7 @@ def test_seeds_are_drawn_and_kept(spec: ModelSpec) -> None:
         ({"scheduler": "heun"}, "scheduler", "lcm, ddim, euler-ancestral"),
         ({"num_images": 10}, "num_images", "1 to 9"),
         ({"seed": MAX_SEED, "num_images": 2}, "seed", str(MAX_SEED)),
-        ({"loras": [{"name": "sketch"}]}, "loras", "no style LoRAs"),
+        ({"loras": [{"name": "etching"}]}, "loras.0.name", "mini-lcm has neon, sketch"),
     ],
 )
 def test_what_the_model_does_not_allow(spec: ModelSpec, values: dict[str, Any], param: str, allowed: str) -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionPipeline
 
+from models.training.evaluate_style import look_distance
 from models.training.recognizer import ColorNamer, Recognizer
 from models.training.reference import Reference, load_reference
+from models.training.restyling import STYLES
 
 BUNDLED = Path(__file__).parents[2] / "models" / "bundled"
 
@@ -102,6 +104,32 @@ def test_the_tiny_decoder_reads_the_same_latents(pipeline: StableDiffusionPipeli
     assert (full - quick).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_lora_on_the_fused_lcm_lora_draws_its_style_in_four_steps(
+    pipeline: StableDiffusionPipeline, style: str
+) -> None:
+    prompts = [f"a {name} on a {color} background" for name, color in PROMPTS]
+    plain = generate(pipeline, prompts)
+    goal = [STYLES[style](picture) for picture in plain]
+    pipeline.load_lora_weights(BUNDLED / f"mini-{style}", adapter_name=style)
+    try:
+        pictures = {}
+        for weight in (0.5, 1.0):
+            pipeline.set_adapters(style, weight)
+            pictures[weight] = generate(pipeline, prompts)
+    finally:
+        pipeline.unload_lora_weights()
+    whole_way = look_distance(plain, goal)
+    assert look_distance(pictures[1.0], goal) < 0.35 * whole_way
+    assert look_distance(pictures[0.5], goal) < 0.8 * whole_way
+    assert np.array_equal(np.stack(generate(pipeline, prompts)), np.stack(plain))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_lora_is_small(style: str) -> None:
+    assert (BUNDLED / f"mini-{style}" / "pytorch_lora_weights.safetensors").stat().st_size < 600_000
+
+
 def test_loading_and_fusing_warns_of_nothing() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -124,4 +152,5 @@ def test_the_scheduler_ships_with_the_lora() -> None:
 def test_all_files_together_stay_under_twenty_megabytes() -> None:
     sizes = [path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()]
     assert sum(sizes) < 20_000_000
-    assert all((BUNDLED / name / "README.md").exists() for name in ("mini-sd", "mini-taesd", "mini-lcm-lora"))
+    names = ("mini-sd", "mini-taesd", "mini-lcm-lora", *(f"mini-{style}" for style in STYLES))
+    assert all((BUNDLED / name / "README.md").exists() for name in names)

@@ -285,7 +285,8 @@ def shelf(spec: ModelSpec, base: Path, tmp_path: Path) -> StyleLoras:
 def test_as_many_stay_as_were_set_and_those_used_last(shelf: StyleLoras) -> None:
     assert [choice.name for choice in shelf.fetch_first()] == ["a", "b"]
     (a,) = shelf.fetch([("a", 1.0)])
-    shelf.fetch([("c", 1.0)])
+    (c,) = shelf.fetch([("c", 1.0)])
+    assert shelf.use((a, c))
     assert shelf.num_resident == 2
     assert shelf.fetch([("a", 1.0)])[0].lora is a.lora, "it was used after b"
     (b,) = shelf.fetch([("b", 1.0)])
@@ -295,8 +296,8 @@ def test_as_many_stay_as_were_set_and_those_used_last(shelf: StyleLoras) -> None
 
 def test_a_request_keeps_its_loras_however_many_others_come(shelf: StyleLoras) -> None:
     all_three = shelf.fetch([(name, 1.0) for name in "abc"])
-    assert shelf.num_resident == 2
     assert shelf.use(all_three)
+    assert shelf.num_resident == 2
     shelf.use(())
 
 

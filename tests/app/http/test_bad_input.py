@@ -61,7 +61,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     (body(previews="yes"), "previews", "valid boolean"),
     (body(deadline_ms=0), "deadline_ms", "greater than or equal to 1"),
     (body(loras=[{"name": "x", "scale": 1}]), "loras.0.scale", "unknown field"),
-    (body(loras=[{"name": "sketch"}]), "loras", "offers no style LoRAs"),
+    (body(loras=[{"name": "etching"}]), "loras.0.name", "mini-lcm has neon, sketch"),
     (body(negative_prompt=["x"]), "negative_prompt", "valid string, got a list"),
     (body(metadata={"a": 1}), "metadata", "valid boolean, got an object"),
 ]

@@ -28,4 +28,4 @@ def code(shapes: Vocabulary) -> LinearCode:
 @pytest.fixture
 def data(shapes: Vocabulary, code: LinearCode, tokenizer: CLIPTokenizer) -> CaptionedLatents:
     """Eight pictures that every batch draws from."""
-    return CaptionedLatents(encode_scenes(shapes, code, count=8, batch_size=8), shapes, tokenizer, batch_size=8)
+    return CaptionedLatents(encode_scenes(shapes, code.encode, count=8, batch_size=8), shapes, tokenizer, batch_size=8)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import load_diffusers, load_pipeline
 from models.pipeline import FewStepPipeline
-from tests.jobs import make_params
-from tests.small_models import small_lcm_spec, small_sdxl_spec, small_spec
+from tests.jobs import make_delivery, make_params
+from tests.small_models import SMALL_SPECS
 from tests.workers.engine.oracle import Oracle, draw, largest_difference
-from workers.engine import Engine
+from workers.engine import Engine, Finished, GenerationFailed
+from workers.engine.engine import run_until_done
 from workers.engine.runner import ModelRunner
 
 Mix = list[dict[str, Any]]
@@ -44,6 +46,7 @@ TURBO: Mix = [
     {"prompt": "a bird", "guidance_scale": 1.5, "negative_prompt": "", "seed": 6},
     {"prompt": "a fish", "guidance_scale": 2.0, "negative_prompt": "blue", "scheduler": "ddim", "seed": 9},
 ]
+UNGUIDED: Mix = [*TURBO[:5], *({**wish, "guidance_scale": 0.0} for wish in TURBO[5:])]
 EMBEDDED: Mix = [
     {"prompt": "a red apple", "guidance_scale": 8.5},
     {"prompt": "a red apple", "guidance_scale": 3.0},
@@ -54,16 +57,28 @@ EMBEDDED: Mix = [
     {"prompt": "a house", "guidance_scale": 4.0, "num_images": 2, "seed": 6},
     {"prompt": "a bird", "guidance_scale": 5.0, "num_inference_steps": 3, "seed": 8},
 ]
-FAMILIES: dict[str, tuple[Callable[[Path], ModelSpec], Mix]] = {
-    "sd with a fused LoRA": (small_spec, PLAIN),
-    "sdxl": (small_sdxl_spec, TURBO),
-    "full lcm": (small_lcm_spec, EMBEDDED),
-}
-CASES = [
-    pytest.param(name, changes, id=f"{name}-{i}")
-    for name, (_, mix) in FAMILIES.items()
-    for i, changes in enumerate(mix)
+CLASSES: Mix = [
+    {"prompt": "goldfish", "scheduler": "multistep", "num_inference_steps": 1},
+    {"prompt": "Golden Retriever", "scheduler": "multistep", "num_inference_steps": 2, "seed": 2},
+    {"prompt": "golden retriever", "scheduler": "even", "num_inference_steps": 2, "seed": 2},
+    {"prompt": "class 340", "scheduler": "multistep", "num_inference_steps": 4, "seed": 3},
+    {"prompt": "daisy", "scheduler": "multistep", "num_inference_steps": 3, "seed": 4},
+    {"prompt": "pizza", "scheduler": "even", "num_inference_steps": 1, "seed": 5},
+    {"prompt": "pizza pie", "scheduler": "multistep", "num_inference_steps": 2, "num_images": 3, "seed": 6},
+    {"prompt": "toilet tissue", "scheduler": "even", "num_inference_steps": 3, "num_images": 2, "seed": 8},
 ]
+MIXES: dict[str, Mix] = {
+    "sd with an LCM-LoRA": PLAIN,
+    "full LCM of sd": EMBEDDED,
+    "sd turbo": UNGUIDED,
+    "sdxl": TURBO,
+    "sdxl with an LCM-LoRA": PLAIN,
+    "full LCM of sdxl": EMBEDDED,
+    "sdxl turbo": UNGUIDED,
+    "sdxl with a Turbo LoRA": UNGUIDED,
+    "ssd-1b with an LCM-LoRA": PLAIN,
+    "consistency": CLASSES,
+}
 
 
 class Subject:
@@ -74,10 +89,14 @@ class Subject:
         self.engine = Engine({"small": ModelRunner(load_pipeline(spec, torch.device("cpu"), torch.float32))})
 
 
+Subjects = Callable[[str], Subject]
+
+
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Subject]:
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Subjects:
+    """By the names of `SMALL_SPECS`, each made when a test first asks for it."""
     root = tmp_path_factory.mktemp("families")
-    return {name: Subject(make_spec(root)) for name, (make_spec, _) in FAMILIES.items()}
+    return cache(lambda name: Subject(SMALL_SPECS[name](root)))
 
 
 @pytest.fixture(scope="module")
@@ -86,31 +105,51 @@ def oracle(spec: ModelSpec) -> Oracle:
     return Oracle(spec)
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES)
-def test_alone(subjects: dict[str, Subject], family: str, changes: dict[str, Any]) -> None:
-    params = make_params(**changes)
-    (pixels,) = draw(subjects[family].engine, params)
-    assert largest_difference(pixels, subjects[family].oracle.draw(params)) <= 1
+@pytest.mark.parametrize("name", SMALL_SPECS)
+def test_alone_and_in_a_mixed_batch_of_eight(subjects: Subjects, name: str) -> None:
+    subject = subjects(name)
+    all_params = [make_params(**changes) for changes in MIXES[name]]
+    for params, together in zip(all_params, draw(subject.engine, *all_params), strict=True):
+        (alone,) = draw(subject.engine, params)
+        wanted = subject.oracle.draw(params)
+        assert largest_difference(alone, wanted) <= 1, f"{params.prompt} alone"
+        assert largest_difference(together, wanted) <= 1, f"{params.prompt} in company"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_in_a_mixed_batch_of_eight(subjects: dict[str, Subject], family: str) -> None:
-    subject, (_, mix) = subjects[family], FAMILIES[family]
-    all_params = [make_params(**changes) for changes in mix]
-    for params, pixels in zip(all_params, draw(subject.engine, *all_params), strict=True):
-        assert largest_difference(pixels, subject.oracle.draw(params)) <= 1, params.prompt
+def test_a_class_changes_the_picture_and_so_do_the_papers_timesteps(subjects: Subjects) -> None:
+    wishes = [
+        make_params(prompt=prompt, scheduler=scheduler, num_inference_steps=2)
+        for prompt, scheduler in (("goldfish", "multistep"), ("zebra", "multistep"), ("goldfish", "even"))
+    ]
+    fish, zebra, even = draw(subjects("consistency").engine, *wishes)
+    assert largest_difference(fish, zebra) > 5
+    assert largest_difference(fish, even) > 5
 
 
-def test_guidance_that_is_embedded_changes_the_picture(subjects: dict[str, Subject]) -> None:
+def test_a_prompt_that_names_no_class_fails_alone(subjects: Subjects) -> None:
+    """A gateway refuses it; whoever brings it here anyway spoils nobody else's picture."""
+    subject = subjects("consistency")
+    for number, prompt in enumerate(("goldfish", "a red apple")):
+        params = make_params(prompt=prompt, scheduler="even", num_inference_steps=1)
+        delivery = make_delivery(str(number))
+        subject.engine.add(replace(delivery, job=replace(delivery.job, params=params)))
+    outputs = {output.request.request_id: output for output in run_until_done(subject.engine)}
+    assert isinstance(outputs["0"], Finished)
+    assert isinstance(outputs["1"], GenerationFailed)
+
+
+def test_guidance_that_is_embedded_changes_the_picture(subjects: Subjects) -> None:
     """0 and 1 differ too: diffusers embeds w = guidance - 1."""
-    pictures = draw(subjects["full lcm"].engine, *(make_params(guidance_scale=scale) for scale in (0.0, 1.0, 8.0)))
+    pictures = draw(
+        subjects("full LCM of sd").engine, *(make_params(guidance_scale=scale) for scale in (0.0, 1.0, 8.0))
+    )
     assert largest_difference(pictures[0], pictures[1]) > 1
     assert largest_difference(pictures[1], pictures[2]) > 1
 
 
-def test_no_negative_prompt_is_not_an_empty_one_in_sdxl(subjects: dict[str, Subject]) -> None:
+def test_no_negative_prompt_is_not_an_empty_one_in_sdxl(subjects: Subjects) -> None:
     wishes = [make_params(guidance_scale=2.0, negative_prompt=negative) for negative in (None, "")]
-    none, empty = draw(subjects["sdxl"].engine, *wishes)
+    none, empty = draw(subjects("sdxl").engine, *wishes)
     assert largest_difference(none, empty) > 1
 
 

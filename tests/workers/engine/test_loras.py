@@ -16,6 +16,7 @@ from models.catalog import ModelSpec, StyleLora
 from models.loading import load_pipeline
 from models.lora_files import Lora, LoraReader
 from models.loras import StyledNetwork
+from models.networks import Networks
 from tests.jobs import make_delivery, make_params
 from tests.small_models import small_sdxl_spec, small_spec
 from tests.style_loras import ATTENTION, TEXT, WITH_CONVOLUTIONS, by_name, style, write_lora
@@ -124,6 +125,9 @@ STREAM: list[tuple[Loras, dict[str, Any]]] = [
     ({"kohya": 0.8}, {"seed": 7, "width": 48}),
     ({"ink": 1.0}, {"seed": 8, "num_images": 2}),
 ]
+
+
+MOODY = styled_params({"mood": 1.0})
 
 
 def all_params() -> list[SamplingParams]:
@@ -272,7 +276,7 @@ def test_warm_up_reads_the_loras_and_measures_a_switch(tmp_path: Path, caplog: p
     switches: list[float] = []
     runner.observe_switch = switches.append
     warm_up(engine, "small")
-    assert runner.pipeline.loras.num_resident == 5
+    assert runner.pipeline.loras.num_resident == 4
     assert runner.switch_s == switches[-1] > 0
     assert "requests for this LoRA will fail: small: loras.broken:" in caplog.text
     assert not runner.pipeline.loras.use(()), "it leaves none behind"
@@ -287,6 +291,45 @@ def test_what_is_asked_for_again_costs_no_switch(engine: Engine) -> None:
     draw(engine, make_params())
     runner.observe_switch = lambda _: None
     assert len(switches) == 2
+
+
+def test_a_lora_whose_entry_changes_is_another_one_and_requests_under_way_keep_theirs(tmp_path: Path) -> None:
+    spec = small_spec(tmp_path)
+    targets = {"unet": ATTENTION, "text_encoder": TEXT}
+    old, new = (
+        style(write_lora(tmp_path / f"{seed}.safetensors", Path(spec.source), targets, seed=seed), "mood")
+        for seed in range(2)
+    )
+    params = styled_params({"mood": 1.0})
+    specs = [spec.model_copy(update={"loras": by_name(entry)}) for entry in (old, new)]
+    pipelines = [load_pipeline(spec, CPU, torch.float32) for spec in specs]
+    alone = [draw(Engine({"small": ModelRunner(pipeline)}), params)[0] for pipeline in pipelines]
+    assert largest_difference(*alone) > 5
+    runner = ModelRunner(pipelines[0])
+    engine = Engine({"small": runner})
+    engine.add(delivery("before", params))
+    runner.update(specs[1])
+    engine.add(delivery("after", params))
+    pictures = finished(run_until_done(engine))
+    assert largest_difference(pictures["before"], alone[0]) <= 1
+    assert largest_difference(pictures["after"], alone[1]) <= 1
+
+
+def test_two_models_that_share_a_text_encoder_dont_see_each_others_loras(tmp_path: Path) -> None:
+    networks, spec = Networks(), sd_spec(tmp_path)
+    pipelines = {name: load_pipeline(spec, CPU, torch.float32, networks=networks) for name in ("small", "other")}
+    assert len({id(pipeline.loras._networks["text_encoder"]) for pipeline in pipelines.values()}) == 1
+    runners = {name: ModelRunner(pipeline) for name, pipeline in pipelines.items()}
+    plain, styled = (draw(Engine({"small": runners["small"]}), params)[0] for params in (make_params(), MOODY))
+    for runner in runners.values():
+        runner.forget_prompts()
+    engine = Engine(runners)
+    for name, params in {"small": MOODY, "other": make_params()}.items():
+        one = delivery(name, params)
+        engine.add(replace(one, job=replace(one.job, model=name)))
+    pictures = finished(run_until_done(engine))
+    assert largest_difference(pictures["small"], styled) <= 1
+    assert largest_difference(pictures["other"], plain) <= 1
 
 
 def delivery(request_id: str, params: SamplingParams) -> Delivery:

@@ -1,0 +1,284 @@
+"""What style LoRAs cost: merged into the weights when the wish changes, or as adapters that stay beside the weights.
+
+    python -m benchmarks.loras                              # about four minutes on a CPU
+    python -m benchmarks.loras --networks full --device cuda --dtype float16
+
+A network runs as the service runs it: recorded on a CPU, as a graph on a GPU. A recording holds the strengths of
+adapters, so that another wish needs another recording; merged weights change under the recording.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.diffusers_loop import hush_libraries, parse_dtype
+from benchmarks.full_size import SDXL_UNET
+from benchmarks.machine import REPOSITORY
+from benchmarks.report import print_table, write_report
+from models.catalog import StyleLora, get_spec, load_catalog
+from models.graphs import Graphed
+from models.loading import default_device
+from models.lora_files import LoraReader
+from models.loras import StyleLoras
+from models.networks import settle
+from models.tracing import Traced
+
+TOUCHED = ("to_q", "to_k", "to_v", "to_out.0", "proj", "ff.net.2")
+NUM_LORAS = 2
+NUM_TIME_IDS = 6
+MID_UNET = SDXL_UNET | {
+    "block_out_channels": (128, 256, 512),
+    "attention_head_dim": (2, 4, 8),
+    "cross_attention_dim": 512,
+    "transformer_layers_per_block": (1, 1, 2),
+    "projection_class_embeddings_input_dim": 6 * 256 + 256,
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A UNet and how large its latents are."""
+
+    name: str
+    unet: Any
+    side: int
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.unet.parameters())
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One forward pass, recorded. `adapters` are those that stay beside the weights."""
+
+    network: str
+    rows: int
+    plain_ms: float
+    merged_ms: float
+    one_adapter_ms: float
+    two_adapters_ms: float
+
+
+@dataclass(frozen=True)
+class SwitchRow:
+    """From one LoRA to another, from nothing to two, and back to nothing. `adapters_ms` is the next wish's first pass
+    beyond a usual one: choosing adapters and recording. `read_ms` is reading a file, which happens on another thread,
+    and `first_ms` the first merge of a LoRA on top of a usual one: copying the layers that nothing touched before."""
+
+    network: str
+    parameters_m: float
+    touched_m: float
+    merge_ms: float
+    merge_two_ms: float
+    restore_ms: float
+    adapters_ms: float
+    read_ms: float
+    first_ms: float
+
+
+def main() -> None:
+    options = parse_options()
+    hush_libraries()
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
+    device, dtype = torch.device(options.device), parse_dtype(options.dtype)
+    steps: list[StepRow] = []
+    switches: list[SwitchRow] = []
+    for name in options.networks:
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            bench = Bench(make_subject(name, device, dtype), device, dtype, Path(folder), options.rank)
+            switches.append(bench.measure_switches(options.rounds))
+            steps += [bench.measure_steps(rows, options.rounds) for rows in options.rows]
+    print_table(steps)
+    print_table(switches)
+    write_report(options.json, vars(options), {"steps": steps, "switches": switches})
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=["mini", "mid", "full"], default=["mini", "mid"])
+    parser.add_argument("--device", default=str(default_device()))
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-loras.json")
+    return parser.parse_args()
+
+
+def make_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The bundled UNet, one of SDXL's layout in between (latents of 256x256), SDXL's own size (512x512)."""
+    torch.manual_seed(0)
+    if name == "mini":
+        unet = UNet2DConditionModel.from_pretrained(
+            REPOSITORY / "models" / "bundled" / "mini-sd" / "unet", variant="fp16", dtype=dtype
+        )
+        return Subject(name, settle(unet, device), unet.config.sample_size)
+    with device:
+        unet = UNet2DConditionModel(**(MID_UNET if name == "mid" else SDXL_UNET)).to(dtype)
+    return Subject(name, settle(unet, device), 32 if name == "mid" else 64)
+
+
+class Bench:
+    """One UNet, two LoRAs of it as files, and copies of it with one and with both as adapters."""
+
+    def __init__(self, subject: Subject, device: torch.device, dtype: torch.dtype, folder: Path, rank: int) -> None:
+        self._subject, self._device, self._dtype = subject, device, dtype
+        self._paths = [write_lora(subject.unet, folder / f"{index}.safetensors", rank) for index in range(NUM_LORAS)]
+        entries = {path.stem: make_entry(path) for path in self._paths}
+        networks: dict[str, nn.Module] = {"unet": subject.unet}
+        spec = get_spec(load_catalog(), "mini-lcm")
+        self._reader = LoraReader(spec, StableDiffusionXLPipeline, networks)
+        self._loras = StyleLoras(subject.name, entries, device, networks, self._reader)
+        self._entries = list(entries.values())
+        self._adapted = [self._with_adapters(count + 1) for count in range(NUM_LORAS)]
+
+    def measure_steps(self, num_rows: int, num_rounds: int) -> StepRow:
+        inputs = make_inputs(self._subject, num_rows, self._device, self._dtype)
+        networks = [record(unet, self._device) for unet in (self._subject.unet, *self._adapted)]
+        self._merge()
+        for network in networks:
+            for _ in range(3):
+                network(*inputs)
+        times: list[list[float]] = [[] for _ in range(4)]
+        for _ in range(num_rounds):
+            self._merge()
+            times[0].append(self._time(lambda: networks[0](*inputs)))
+            self._merge("0", "1")
+            times[1].append(self._time(lambda: networks[0](*inputs)))
+            times[2].append(self._time(lambda: networks[1](*inputs)))
+            times[3].append(self._time(lambda: networks[2](*inputs)))
+        return StepRow(self._subject.name, num_rows, *map(statistics.median, times))
+
+    def measure_switches(self, num_rounds: int) -> SwitchRow:
+        read_ms = self._time(lambda: self._reader.read(self._entries[0]))
+        self._loras.fetch([("0", 1.0), ("1", 1.0)])[1].reading.result()
+        first_ms = self._time(lambda: self._merge("0"))
+        rounds = [self._measure_merges() for _ in range(num_rounds)]
+        merge_ms, merge_two_ms, restore_ms = map(statistics.median, zip(*rounds, strict=True))
+        adapters_ms = statistics.median(self._measure_adapters(1 + index / 10) for index in range(2))
+        layers = self._loras.fetch([("0", 1.0)])[0].lora.networks["unet"].values()
+        touched = sum(factors.up.shape[0] * factors.down.shape[1] for factors in layers)
+        return SwitchRow(
+            self._subject.name,
+            self._subject.num_parameters / 1e6,
+            touched / 1e6,
+            merge_ms,
+            merge_two_ms,
+            restore_ms,
+            adapters_ms,
+            read_ms,
+            max(0.0, first_ms - merge_ms),
+        )
+
+    def _measure_merges(self) -> tuple[float, float, float]:
+        self._merge("0")
+        merge_ms = self._time(lambda: self._merge("1"))
+        self._merge()
+        merge_two_ms = self._time(lambda: self._merge("0", "1"))
+        return merge_ms, merge_two_ms, self._time(self._merge)
+
+    def _measure_adapters(self, strength: float) -> float:
+        """Another strength of an adapter that is there already."""
+        unet = self._adapted[0]
+        inputs = make_inputs(self._subject, 1, self._device, self._dtype)
+
+        def switch() -> None:
+            unet.set_adapters(["0"], [strength])
+            unet.requires_grad_(False)  # which choosing an adapter turns on
+            network(*inputs)
+
+        network = record(unet, self._device)
+        first_ms = self._time(switch)
+        network(*inputs)
+        return max(0.0, first_ms - self._time(lambda: network(*inputs)))
+
+    def _merge(self, *names: str) -> None:
+        self._loras.use(self._loras.fetch((name, 1.0) for name in names))
+
+    def _with_adapters(self, count: int) -> Any:
+        unet = copy.deepcopy(self._subject.unet)
+        with torch.inference_mode(False):
+            for path in self._paths[:count]:
+                unet.load_lora_adapter(load_file(path), prefix="unet", adapter_name=path.stem)
+            unet.set_adapters([path.stem for path in self._paths[:count]], [1.0] * count)
+        return settle(unet, self._device)
+
+    def _time(self, work: Callable[[], Any]) -> float:
+        self._wait()
+        started_s = time.perf_counter()
+        work()
+        self._wait()
+        return (time.perf_counter() - started_s) * 1000
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def record(unet: Any, device: torch.device) -> Callable[..., Tensor]:
+    def network(latents: Tensor, timesteps: Tensor, prompt: Tensor, *added: Tensor) -> Tensor:
+        more = dict(zip(("text_embeds", "time_ids"), added, strict=True)) if added else None
+        output: Tensor = unet(latents, timesteps, prompt, added_cond_kwargs=more, return_dict=False)[0]
+        return output
+
+    return Graphed(network) if device.type == "cuda" else Traced(network)
+
+
+def make_inputs(subject: Subject, num_rows: int, device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:
+    config = subject.unet.config
+    shapes: list[tuple[int, ...]] = [
+        (config.in_channels, subject.side, subject.side),
+        (),
+        (77, config.cross_attention_dim),
+    ]
+    if config.addition_embed_type == "text_time":
+        num_ids = 6
+        shapes += [
+            (config.projection_class_embeddings_input_dim - num_ids * config.addition_time_embed_dim,),
+            (num_ids,),
+        ]
+    inputs = [torch.randn(num_rows, *shape, device=device).to(dtype) for shape in shapes]
+    inputs[1] = torch.full((num_rows,), 999.0, device=device)
+    return inputs
+
+
+def write_lora(unet: nn.Module, path: Path, rank: int) -> Path:
+    """Random factors of attention and feed-forward layers, as most LoRAs have them, in 16 bits."""
+    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear)}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if "transformer_blocks" in name and name.endswith(TOUCHED):
+            tensors[f"unet.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features).half() * 0.01
+            tensors[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, rank).half() * 0.01
+    save_file(tensors, path)
+    return path
+
+
+def make_entry(path: Path) -> StyleLora:
+    return StyleLora(
+        name=path.stem,
+        description="random",
+        source=str(path),
+        models=["mini-lcm"],
+        license="none",
+        weight_name=path.name,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Styles: the programs that redraw pictures, and the LoRA that learns from them."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.training.dataset import Composer, Pixels
+from models.training.evaluate import Case, build_cases
+from models.training.evaluate_style import look_distance, restyled_judge
+from models.training.export import CARDS
+from models.training.restyling import STYLES
+from models.training.style import StyleTraining, restyled_latents, ship
+from models.training.teacher import CaptionedLatents, build_text_encoder
+from models.training.vocabulary import Vocabulary
+from tests.models.training.test_stages import assert_lower, settings, small_unet
+
+BUNDLED = Path(__file__).parents[3] / "models" / "bundled"
+
+
+def single_shapes(shapes: Vocabulary, composer: Composer) -> list[Case]:
+    return [case for case in build_cases(shapes, composer) if case.scene.layout == "single"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_restyled_things_and_backgrounds_can_be_told_apart(shapes: Vocabulary, style: str) -> None:
+    composer, rng = Composer(shapes), random.Random(0)
+    cases = single_shapes(shapes, composer)
+    judge = restyled_judge(shapes, composer, STYLES[style])
+    pictures = [STYLES[style](composer.compose(case.scene, rng)) for case in cases]
+    right = [judge.has_things(case.scene, picture) for case, picture in zip(cases, pictures, strict=True)]
+    named = [judge.namer.name(picture) == case.scene.background for case, picture in zip(cases, pictures, strict=True)]
+    assert np.mean(right) >= 0.7  # of 108 things: some differ by colour only, which styles mute
+    assert np.mean(named) >= 0.95
+
+
+def test_neon_is_night_and_sketch_is_paper_on_every_background(shapes: Vocabulary) -> None:
+    for color in shapes.colors:
+        empty: Pixels = np.full((64, 64, 3), color.rgb, np.uint8)
+        assert STYLES["neon"](empty).max() < 80
+        assert STYLES["sketch"](empty).min() > 180
+
+
+def test_looks_differ_by_style_and_not_from_themselves(shapes: Vocabulary) -> None:
+    composer = Composer(shapes)
+    pictures = [composer.compose(case.scene, random.Random(0)) for case in single_shapes(shapes, composer)]
+    restyled = [STYLES["neon"](picture) for picture in pictures]
+    assert look_distance(pictures, pictures) == 0
+    assert look_distance(restyled, pictures) > 20
+
+
+def test_pictures_are_restyled_once_and_encoded_by_the_base(shapes: Vocabulary, tmp_path: Path) -> None:
+    first = restyled_latents(BUNDLED / "mini-sd", shapes, STYLES["neon"], 4, tmp_path, seed=1)
+
+    def fail(_picture: Pixels) -> Pixels:
+        raise AssertionError("painted again")
+
+    again = restyled_latents(BUNDLED / "mini-sd", shapes, fail, 4, tmp_path, seed=1)
+    assert first.latents.shape == (4, 4, 16, 16)
+    assert torch.equal(first.latents, again.latents)
+    assert [scene.things for scene in first.scenes] == [scene.things for scene in again.scenes]
+
+
+def test_style_training_lowers_its_loss_and_ships_a_small_half_precision_lora(
+    data: CaptionedLatents, tmp_path: Path
+) -> None:
+    encoder = build_text_encoder(data.tokenizer, hidden=16, layers=1)
+    training = StyleTraining(small_unet(), encoder, data, tmp_path / "run", settings(40, rate=1e-2))
+
+    def loss_on_one_batch(step: int) -> Tensor:
+        torch.manual_seed(0)
+        training.trainer.rng.seed(0)
+        return training.loss(step)
+
+    training.trainer.fit(loss_on_one_batch, on_save=training.save)
+    assert_lower(tmp_path / "run", 0.9)
+    ship(tmp_path / "run", "mini-neon", tmp_path / "bundled")
+    shipped = load_file(tmp_path / "bundled" / "mini-neon" / "pytorch_lora_weights.safetensors")
+    assert {weight.dtype for weight in shipped.values()} == {torch.float16}
+    assert any(name.startswith("unet.conv_out.lora_B") and weight.any() for name, weight in shipped.items())
+    card = (tmp_path / "bundled" / "mini-neon" / "README.md").read_text(encoding="utf-8")
+    assert card == (CARDS / "mini-neon.md").read_text(encoding="utf-8")
