@@ -369,7 +369,8 @@ class ModelCard(BaseModel):
     """A catalog entry; the first four fields are what OpenAI clients read.
 
     `ready` and `state` "warm" are the same; `state_detail` says which worker does what, or why none does. `num_classes`
-    is null for a model that draws any prompt; the prompts of another are names of its classes.
+    is null for a model that draws any prompt; the prompts of another are names of its classes. `guidance` says what
+    `guidance_scale` does: above 1 a second row per picture; an input of the network; nothing.
     """
 
     id: str
@@ -383,9 +384,12 @@ class ModelCard(BaseModel):
     model_revision: str
     license: str
     license_note: str
+    license_url: str
+    tested_with: Literal["published weights", "random weights", "nothing"]
     sizes: list[str]
     default_size: str
     num_inference_steps: Limit
+    guidance: Literal["classifier-free", "embedded", "none"]
     guidance_scale: Limit
     schedulers: list[str]
     default_scheduler: str

@@ -103,6 +103,7 @@ def _complete_bodies(schemas: Json, catalog: Mapping[str, ModelSpec], settings: 
         for field, schema in schemas[name]["properties"].items():
             schema.setdefault("description", fields.get(field, ""))
         narrow(schemas[name], catalog)
+    narrow_loras(schemas["LoraChoice"], catalog)
     token = schemas["LiveTokenRequest"]["properties"]
     token["origin"]["pattern"] = ORIGIN
     _first_choice(token["ttl_s"])["maximum"] = settings.live_token_max_ttl_s
@@ -222,6 +223,16 @@ def narrow(schema: Json, catalog: Mapping[str, ModelSpec]) -> None:
             _first_choice(schema["properties"][name]).update(limit)
     for name in NOT_OFFERED & schema["properties"].keys():
         schema["properties"][name] = {"type": "null", "description": "belongs to formats that are not offered"}
+
+
+def narrow_loras(schema: Json, catalog: Mapping[str, ModelSpec]) -> None:
+    """The same for one LoRA of a request, where any model has some."""
+    loras = {name: lora for spec in catalog.values() for name, lora in spec.loras.items()}
+    if loras:
+        weights = [lora.weight for lora in loras.values()]
+        limits = {"minimum": min(one.min for one in weights), "maximum": max(one.max for one in weights)}
+        schema["properties"]["name"]["enum"] = sorted(loras)
+        _first_choice(schema["properties"]["weight"]).update(limits)
 
 
 def _first_choice(schema: Json) -> Json:

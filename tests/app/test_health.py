@@ -49,6 +49,7 @@ async def test_models(api: Api) -> None:
     models = (await api.http.get("/v1/models")).json()
     assert (models["object"], models["default"]) == ("list", "mini-lcm")
     card = (await api.http.get("/v1/models/mini-lcm")).json()
+    assert (card["guidance"], card["tested_with"]) == ("classifier-free", "published weights")
     assert card == models["data"][0]
     assert card["ready"] is True
     assert card["num_inference_steps"] == {"default": 4, "min": 1, "max": 20}
