@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from models.catalog import ModelSpec
+from models.hub.lockfile import LOCK_FILE
 from models.sources import SourceError, locate
 
 GIB = 2**30
 WORKING_SHARE = 0.5  # of the weights' bytes: what the largest batch needs beside them, where the entry doesn't say
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 LEFT_OUT = ("safety_checker", "image_encoder")  # which no pipeline here loads from its own folder
+LORA_NETWORKS = {"unet", "text_encoder", "text_encoder_2"}
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # safetensors' names
 
 
@@ -44,11 +46,13 @@ class Estimate:
         return self.weights + self.working
 
 
-def estimate(spec: ModelSpec, dtype: str, loaded: Collection[Network] = ()) -> Estimate | None:
+def estimate(
+    spec: ModelSpec, dtype: str, loaded: Collection[Network] = (), *, lock_file: Path = LOCK_FILE
+) -> Estimate | None:
     """What `spec` takes in `dtype` beside the networks that are `loaded`. None: its files aren't on this machine and
     its entry doesn't say."""
     try:
-        sizes = {Network(frozenset(files), dtype): own for files, own in _networks_of(spec)}
+        sizes = {Network(frozenset(files), dtype): own for files, own in _networks_of(spec, lock_file)}
     except SourceError:
         sizes = {}
     if not sizes and spec.memory_gib is None:
@@ -57,7 +61,10 @@ def estimate(spec: ModelSpec, dtype: str, loaded: Collection[Network] = ()) -> E
     shareable = {network for network, is_own in sizes.items() if not is_own}
     shared = sum(weights[network] for network in shareable.intersection(loaded))
     total = sum(weights.values())
-    return Estimate(total - shared, shared, _working_bytes(spec, dtype, total), frozenset(shareable))
+    working = _working_bytes(spec, dtype, total)
+    if spec.loras:  # the copy of what they change: at most all of it
+        working += sum(weights[network] for network, is_own in sizes.items() if is_own)
+    return Estimate(total - shared, shared, working, frozenset(shareable))
 
 
 def _working_bytes(spec: ModelSpec, dtype: str, weights: int) -> int:
@@ -67,11 +74,11 @@ def _working_bytes(spec: ModelSpec, dtype: str, weights: int) -> int:
     return max(0, round(spec.memory_gib * GIB * scale) - weights)
 
 
-def _networks_of(spec: ModelSpec) -> Iterator[tuple[list[Path], bool]]:
+def _networks_of(spec: ModelSpec, lock_file: Path) -> Iterator[tuple[list[Path], bool]]:
     """The weight files of each network that stays in memory, links followed, and whether it is the model's own: what a
     fused LoRA changes is, and what a single file holds. Raises SourceError."""
-    changed = _changed_by_lora(spec)
-    source = locate(spec, "source", only_look=True).path
+    changed = _changed_by_loras(spec, lock_file)
+    source = locate(spec, "source", lock_file=lock_file, only_look=True).path
     if source.is_file():
         yield [source.resolve()], True
     else:
@@ -80,19 +87,21 @@ def _networks_of(spec: ModelSpec) -> Iterator[tuple[list[Path], bool]]:
                 yield _weight_files(source / name, spec.variant), name in changed
     for part in ("unet", "vae", "tiny_vae", "safety_checker"):
         if getattr(spec, part) is not None:
-            folder = locate(spec, part, only_look=True).path
+            folder = locate(spec, part, lock_file=lock_file, only_look=True).path
             yield _weight_files(folder / part if part == "safety_checker" else folder, spec.variant), part in changed
 
 
-def _changed_by_lora(spec: ModelSpec) -> set[str]:
+def _changed_by_loras(spec: ModelSpec, lock_file: Path) -> set[str]:
+    if spec.loras:
+        return LORA_NETWORKS
     if spec.lora is None:
         return set()
     try:
-        keys = _read_header(locate(spec, "lora", only_look=True).path)
+        keys = _read_header(locate(spec, "lora", lock_file=lock_file, only_look=True).path)
     except (OSError, ValueError):
         keys = {}
     has_text = any(key.startswith(("text_encoder", "lora_te")) for key in keys)
-    return {"unet", "text_encoder", "text_encoder_2"} if has_text else {"unet"}
+    return LORA_NETWORKS if has_text else {"unet"}
 
 
 def weight_bytes(file: Path, dtype: str) -> int:

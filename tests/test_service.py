@@ -22,7 +22,9 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
+from models.catalog import StepRange, load_catalog
 from tests.service import Service, start_service
+from tests.small_models import write_catalog
 
 PROMPT = "a red apple on a blue background"
 pytestmark = pytest.mark.xdist_group("service")
@@ -224,6 +226,13 @@ def test_many_clients_at_once(http: httpx.Client) -> None:
         assert list(pool.map(draw, range(64))) == ["completed"] * 64
 
 
+def wait_for_log(service: Service, words: str, times: int) -> None:
+    deadline_s = time.monotonic() + 30
+    while service.log.read_text().count(words) < times:
+        assert time.monotonic() < deadline_s, service.log.read_text()
+        time.sleep(0.05)
+
+
 class TestFaults:
     """Each with a service of its own."""
 
@@ -256,6 +265,28 @@ class TestFaults:
         own.child("gateway").kill()
         with httpx.Client(base_url=own.url, timeout=30) as http:
             assert {wait_for_end(http, location, 120)["state"] for location in locations} == {"completed"}
+
+    def test_a_hangup_reads_the_catalog_again_everywhere(self, tmp_path: Path) -> None:
+        """A broken file first, which changes nothing; then one with another limit."""
+        shipped = load_catalog()["mini-lcm"]
+        extra = write_catalog(tmp_path / "extra.toml", [shipped])
+        own = start_service(tmp_path / "serve.log", FEWSTEP_EXTRA_CATALOG=str(extra))
+        many = {"prompt": PROMPT, "num_inference_steps": 25}
+        try:
+            with httpx.Client(base_url=own.url, timeout=30) as http:
+                pids = {name: own.child(name).pid for name in ("gateway", "worker")}
+                extra.write_text("[mini-lcm", encoding="utf-8")
+                own.process.send_signal(signal.SIGHUP)
+                wait_for_log(own, f"the catalog stays as it was: {extra}", 2)
+                assert http.post("/v1/generations", json=many).status_code == 400
+                steps = StepRange(default=4, min=1, max=25)
+                write_catalog(extra, [shipped.model_copy(update={"num_inference_steps": steps})])
+                own.process.send_signal(signal.SIGHUP)
+                wait_for_log(own, "the catalog was read again, changed: ", 2)
+                assert len(http.post("/v1/generations", json=many).json()["timings"]["steps_ms"]) == 25
+                assert {name: own.child(name).pid for name in pids} == pids
+        finally:
+            assert own.stop() == 0
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
     def test_nothing_stays_behind(self, own: Service, number: int) -> None:

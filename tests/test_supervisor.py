@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -32,6 +36,9 @@ with (pathlib.Path(folder) / name).open("a") as file:
     file.write(f"{os.getpid()}\\n")
 if name == "misconfigured":
     sys.exit(78)
+if name == "reader":
+    signal.signal(signal.SIGHUP, lambda *_: (pathlib.Path(folder) / "read").write_text("again"))
+    (pathlib.Path(folder) / "listens").touch()
 if name == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 time.sleep(60)
@@ -41,7 +48,7 @@ time.sleep(60)
 class Family:
     """`pids(name)` are those of each start of that child."""
 
-    def __init__(self, folder: Path, *names: str) -> None:
+    def __init__(self, folder: Path, *names: str, **how: Any) -> None:
         self._folder = folder
         (folder / "child.py").write_text(CHILD)
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -51,6 +58,7 @@ class Family:
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            **how,
         )
 
     def pids(self, name: str) -> list[int]:
@@ -62,8 +70,8 @@ class Family:
 def make_family(tmp_path: Path) -> Iterator[Callable[..., Family]]:
     families: list[Family] = []
 
-    def make(*names: str) -> Family:
-        family = Family(tmp_path, *names)
+    def make(*names: str, **how: Any) -> Family:
+        family = Family(tmp_path, *names, **how)
         families.append(family)
         return family
 
@@ -100,6 +108,70 @@ def test_a_signal_ends_everything(make_family: Callable[..., Family], number: si
     assert family.parent.wait(15) == 0
     assert is_gone(family.pids("one")[0])
     assert is_gone(family.pids("stubborn")[0])
+
+
+@pytest.mark.parametrize("has_terminal", [False, True])
+def test_a_hangup_is_passed_on_to_the_children(
+    make_family: Callable[..., Family], tmp_path: Path, has_terminal: bool
+) -> None:
+    with terminal() as (_, slave):
+        how = on_terminal(slave) if has_terminal else {"start_new_session": True}
+        family = make_family("reader", "one", **how)
+        until(lambda: bool(family.pids("one")) and (tmp_path / "listens").exists())
+        family.parent.send_signal(signal.SIGHUP)
+        until(lambda: (tmp_path / "read").exists())
+        until(lambda: len(family.pids("one")) == 1)
+        assert family.parent.poll() is None
+        assert len(family.pids("reader")) == 1
+        assert not is_gone(family.pids("one")[0]), "who knows nothing of SIGHUP lives on"
+
+
+def test_the_end_of_its_terminal_ends_everything(make_family: Callable[..., Family], tmp_path: Path) -> None:
+    with terminal() as (master, slave):
+        family = make_family("reader", **on_terminal(slave))
+        until((tmp_path / "listens").exists)
+        os.close(master)
+        assert family.parent.wait(15) == 0
+    assert is_gone(family.pids("reader")[0])
+    assert not (tmp_path / "read").exists()
+
+
+def test_nohup_outlives_its_terminal(make_family: Callable[..., Family], tmp_path: Path) -> None:
+    with terminal() as (master, slave):
+        family = make_family("reader", **on_terminal(slave, is_ignored=True))
+        until((tmp_path / "listens").exists)
+        os.close(master)
+        until(lambda: not has_terminal(family.parent.pid))
+        family.parent.send_signal(signal.SIGHUP)
+        until(lambda: (tmp_path / "read").exists())
+        assert family.parent.poll() is None
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[int, int]]:
+    """Both ends; the test may close the master, which hangs it up."""
+    master, slave = os.openpty()
+    try:
+        yield master, slave
+    finally:
+        os.close(slave)
+        with suppress(OSError):
+            os.close(master)
+
+
+def on_terminal(slave: int, *, is_ignored: bool = False) -> dict[str, Any]:
+    """How a process starts that has the terminal as its own, SIGHUP ignored as nohup does."""
+
+    def prepare() -> None:
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        if is_ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    return {"start_new_session": True, "preexec_fn": prepare}
+
+
+def has_terminal(pid: int) -> bool:
+    return psutil.Process(pid).terminal() is not None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere children look for their parent twice a second")

@@ -11,12 +11,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from broker.messages import ModelStatus, WarmModel
 from models.catalog import ModelSpec
+from models.hub.lockfile import LOCK_FILE
 from models.loading import LoadError
 from models.memory import GIB, Estimate, estimate
 from workers.engine import Engine
@@ -74,9 +76,10 @@ class Member:
 class MemoryBudget:
     """What the models of `device` may take together: `limit_gib`, or what is free less a reserve."""
 
-    def __init__(self, device: torch.device, limit_gib: float | None) -> None:
+    def __init__(self, device: torch.device, limit_gib: float | None, lock_file: Path = LOCK_FILE) -> None:
         self._is_given = limit_gib is not None
         self._total = free_bytes(device) * (1 - RESERVE) if limit_gib is None else limit_gib * GIB
+        self._lock_file = lock_file
         self._taken: dict[str, Estimate] = {}
 
     @property
@@ -86,7 +89,7 @@ class MemoryBudget:
     def reserve(self, spec: ModelSpec, dtype: str) -> Estimate | None:
         """Its part of the budget, and None where nobody knows how much it takes. Raises DoesNotFit."""
         loaded = {network for taken in self._taken.values() for network in taken.networks}
-        if (needed := estimate(spec, dtype, loaded)) is None:
+        if (needed := estimate(spec, dtype, loaded, lock_file=self._lock_file)) is None:
             return None
         if needed.needed > self.left:
             raise DoesNotFit(
@@ -114,7 +117,7 @@ class WarmSet:
         *,
         device: torch.device,
         dtype_of: Callable[[ModelSpec], str],
-        memory_gib: float | None,
+        make_budget: Callable[[], MemoryBudget],
         metrics: WorkerMetrics,
         on_warm: Callable[[ModelRunner], None],
         on_change: Callable[[], None],
@@ -123,7 +126,7 @@ class WarmSet:
         self.ready: Future[None] = Future()
         self._members = {name: Member(spec) for name, spec in specs.items()}
         self._load, self._device, self._metrics = load, device, metrics
-        self._dtype_of, self._memory_gib = dtype_of, memory_gib
+        self._dtype_of, self._make_budget = dtype_of, make_budget
         self._on_warm, self._on_change, self._report = on_warm, on_change, report
         self._is_given_up = False
         for member in self._members.values():
@@ -148,7 +151,7 @@ class WarmSet:
         Files are read before anything serves, since nothing can be drawn meanwhile. Warming takes far longer, but its
         pieces are as small as a step.
         """
-        budget = MemoryBudget(self._device, self._memory_gib)
+        budget = self._make_budget()  # now: what is free changes
         for work in (self._load_in_turn, self._warm_in_turns):
             for member in self._members.values():
                 for _ in work(member, budget, engine):

@@ -33,7 +33,7 @@ from workers.metrics import WorkerMetrics
 from workers.publisher import Publisher
 from workers.reading import take_over
 from workers.settings import WorkerSettings, new_worker_id
-from workers.warm_set import Report, WarmSet
+from workers.warm_set import MemoryBudget, Report, WarmSet
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Worker:
             self._load,
             device=self._device,
             dtype_of=lambda spec: _name_of(self._dtype_of(spec)),
-            memory_gib=settings.memory_gib,
+            make_budget=lambda: MemoryBudget(self._device, settings.memory_gib, settings.lock_file),
             metrics=self.metrics,
             on_warm=self._welcome,
             on_change=self._tell_news,
@@ -348,7 +348,8 @@ class Worker:
         if self._device.type == "cuda":
             self.metrics.gpu_memory.set(torch.cuda.memory_allocated(self._device))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._has_news.wait(), HEARTBEAT_S)
+            async with asyncio.timeout(HEARTBEAT_S):
+                await self._has_news.wait()
         await asyncio.sleep(MIN_HEARTBEAT_S)  # warming has news many times a second
 
     async def _watch_engine(self) -> None:

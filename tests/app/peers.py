@@ -23,6 +23,7 @@ from broker.messages import (
     Failed,
     ImageFormat,
     JobError,
+    ModelStatus,
     Picture,
     Preview,
     SamplingParams,
@@ -99,9 +100,15 @@ class Painter:
             await asyncio.sleep(0.02)
             return []
 
-    async def register(self, state: Any = "ready", detail: str = "") -> None:
+    async def register(
+        self, state: Any = "ready", detail: str = "", statuses: tuple[ModelStatus, ...] | None = None
+    ) -> None:
+        """As a worker of its one model, or of those that `statuses` tell of."""
         models = (make_warm(self.model, max_rows=self.max_batch_size),) if state == "ready" else ()
-        await self._broker.register(WorkerInfo(self.worker_id, state, "cpu", "float32", models, 0, detail), ttl_s=60)
+        if statuses is None:
+            statuses = (ModelStatus(self.model, "warm" if state == "ready" else "warming", detail),)
+        info = WorkerInfo(self.worker_id, state, "cpu", "float32", models, 0, detail, statuses)
+        await self._broker.register(info, ttl_s=60)
 
     async def unregister(self) -> None:
         await self._broker.unregister(self.worker_id)

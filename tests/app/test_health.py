@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
+from broker.messages import ModelStatus
 from tests.app.conftest import Api, StartApi
 
 METRICS = {
@@ -29,7 +32,7 @@ async def test_ready_and_not(start_api: StartApi) -> None:
     async with start_api(has_worker=False) as api:
         answer = await api.http.get("/readyz")
         assert answer.status_code == 503
-        assert answer.json() == {"ready": False, "redis": "ok", "models": [], "workers": []}
+        assert answer.json() == {"ready": False, "redis": "ok", "models": [], "failed": {}, "workers": []}
         assert (await api.http.get("/livez")).status_code == 200
 
         async with api.painter._broker:
@@ -41,8 +44,39 @@ async def test_ready_and_not(start_api: StartApi) -> None:
             await api.painter.register()
             answer = await api.http.get("/readyz")
             assert (answer.status_code, answer.json()["models"]) == (200, ["mini-lcm"])
+            await api.painter.register(statuses=(ModelStatus("sd15-lcm", "failed", "no such folder"),))
+            answer = await api.http.get("/readyz")
+            assert (answer.status_code, answer.json()["models"]) == (200, ["mini-lcm"]), "others go on"
+            assert answer.json()["failed"] == {"sd15-lcm": {api.painter.worker_id: "no such folder"}}
+            assert answer.json()["workers"][0]["models"] == [
+                {"model": "sd15-lcm", "state": "failed", "detail": "no such folder"}
+            ]
             await api.painter.unregister()
             assert (await api.http.get("/readyz")).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("statuses", "state", "words"),
+    [
+        ((), "cold", "no worker has it in its FEWSTEP_MODELS"),
+        ((ModelStatus("sd15-lcm", "waiting"),), "loading", "w has yet to load it"),
+        ((ModelStatus("sd15-lcm", "loading", "loading"),), "loading", "w loads it"),
+        ((ModelStatus("sd15-lcm", "warming", "64x64, batch 8"),), "loading", "w warms it"),
+        ((ModelStatus("sd15-lcm", "failed", "no such folder"),), "failed", "w failed to load it: no such folder"),
+    ],
+)
+async def test_a_model_that_is_not_warm_is_refused_with_words(
+    api: Api, statuses: tuple[ModelStatus, ...], state: str, words: str
+) -> None:
+    await api.painter.register(statuses=statuses)
+    api.gateway.fleet._fresh_until = 0
+    words = words.replace("w ", f"{api.painter.worker_id} ", 1) if words.startswith("w ") else words
+    card = (await api.http.get("/v1/models/sd15-lcm")).json()
+    assert (card["ready"], card["state"], card["state_detail"]) == (False, state, words)
+    answer = await api.http.post("/v1/generations", json={"prompt": "a", "model": "sd15-lcm"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
+    assert answer.json()["error"]["message"] == f"no worker keeps sd15-lcm warm: {words}; warm now: mini-lcm"
+    assert int(answer.headers["retry-after-ms"]) > 0
 
 
 async def test_models(api: Api) -> None:
@@ -51,7 +85,8 @@ async def test_models(api: Api) -> None:
     card = (await api.http.get("/v1/models/mini-lcm")).json()
     assert (card["guidance"], card["tested_with"]) == ("classifier-free", "published weights")
     assert card == models["data"][0]
-    assert card["ready"] is True
+    assert (card["ready"], card["state"]) == (True, "warm")
+    assert api.painter.worker_id in card["state_detail"]
     assert card["num_inference_steps"] == {"default": 4, "min": 1, "max": 20}
     assert (card["sizes"], card["default_size"]) == (["64x64"], "64x64")
     assert (card["schedulers"], card["default_scheduler"]) == (["lcm", "ddim", "euler-ancestral"], "lcm")

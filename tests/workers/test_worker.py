@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -23,9 +25,10 @@ from broker.messages import Cancelled, Completed, Expired, Failed, Job, JobEvent
 from broker.redis_broker import RedisBroker
 from broker.settings import SettingsError
 from broker.terms import Limits
+from models.catalog import ModelSpec, SchedulerSpec
 from tests.jobs import make_job, make_warm
 from tests.service import spawn
-from tests.small_models import write_small_catalog
+from tests.small_models import small_spec, write_catalog, write_small_catalog
 from workers.settings import WorkerSettings
 from workers.warm_set import NothingToServe, WarmSet
 from workers.worker import EngineLost, Worker
@@ -161,13 +164,106 @@ async def test_two_models_share_a_worker(settings: WorkerSettings, broker: Redis
     both = settings.model_copy(update={"catalog": catalog, "models": "small,other"})
     jobs = [make_job(model=model, seed=seed) for seed in range(6) for model in ("small", "other")]
     async with running(both, broker) as worker:
-        (info,) = await broker.workers()
-        assert [warm.model for warm in info.warm_models] == ["small", "other"]
+        await until(lambda: are_warm(broker, "small", "other"))
         await submit(broker, *jobs)
         events = await events_of(broker, *jobs)
         rows = {model: worker.metrics.rows.labels(model)._value.get() for model in ("small", "other")}
     assert all(isinstance(log[-1], Completed) for log in events.values())
     assert rows == {"small": 24, "other": 24}, "warm-up doesn't count"
+
+
+async def are_warm(broker: RedisBroker, *models: str) -> bool:
+    return [warm.model for info in await broker.workers() for warm in info.warm_models] == list(models)
+
+
+async def test_a_damaged_second_model_leaves_the_first_to_serve(
+    settings: WorkerSettings, broker: RedisBroker, tmp_path: Path
+) -> None:
+    """Whole: requests of the first are answered, those of the other wait for a worker that has it."""
+    catalog = write_damaged_catalog(tmp_path)
+    both = settings.model_copy(update={"catalog": catalog, "models": "damaged,small"})
+    good, bad = make_job(), make_job(model="damaged")
+    async with running(both, broker):
+        await submit(broker, good, bad)
+        events = await events_of(broker, good)
+        (info,) = await broker.workers()
+        assert (await broker.status(bad.request_id)).state == "queued"
+    assert isinstance(events[good.request_id][-1], Completed)
+    assert [(status.model, status.state) for status in info.models] == [("damaged", "failed"), ("small", "warm")]
+    assert "is not a sound safetensors file" in info.models[0].detail
+
+
+def write_damaged_catalog(root: Path) -> Path:
+    """Of two models: "small", and "damaged" with a UNet that is cut short."""
+    specs = [small_spec(root, name=name, lora=None, max_batch_size=8) for name in ("small", "damaged")]
+    folder = Path(shutil.copytree(root / "sd", root / "damaged"))
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return write_catalog(root / "catalog.toml", [specs[0], specs[1].model_copy(update={"source": str(folder)})])
+
+
+class TestReload:
+    @pytest.fixture
+    def specs(self, tmp_path: Path) -> dict[str, ModelSpec]:
+        return {"small": small_spec(tmp_path, lora=None, max_batch_size=8)}
+
+    @pytest.fixture
+    def own(self, settings: WorkerSettings, specs: dict[str, ModelSpec], tmp_path: Path) -> WorkerSettings:
+        path = write_catalog(tmp_path / "own.toml", list(specs.values()))
+        return settings.model_copy(update={"catalog": path})
+
+    async def test_limits_and_schedulers_are_taken_over(
+        self, own: WorkerSettings, specs: dict[str, ModelSpec], broker: RedisBroker, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        few = SchedulerSpec(class_name="UniPCMultistepScheduler")
+        now = specs["small"].model_copy(
+            update={
+                "sizes": [*specs["small"].sizes, (32, 48)],
+                "schedulers": specs["small"].schedulers | {"uni-pc": few},
+                "source": "/elsewhere",
+                "max_batch_size": 16,
+            }
+        )
+        job = make_job(scheduler="uni-pc", height=48)
+        before = make_job(scheduler="ddim", num_inference_steps=20)
+        async with running(own, broker) as worker:
+            await submit(broker, before)
+            write_catalog(own.catalog, [now])
+            with caplog.at_level(logging.INFO):
+                worker.reload()
+            await submit(broker, job)
+            events = await events_of(broker, before, job)
+        assert isinstance(events[before.request_id][-1], Completed)
+        assert isinstance(events[job.request_id][-1], Completed)
+        told = [record.getMessage() for record in caplog.records if record.name == "workers.reading"]
+        assert told == [
+            "small: max_batch_size, source of the catalog changed: that needs a new start of this worker",
+            "small: the catalog was read again, changed: schedulers, sizes",
+        ]
+
+    async def test_a_catalog_that_cannot_be_read_changes_nothing(
+        self, own: WorkerSettings, broker: RedisBroker, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        job = make_job()
+        async with running(own, broker) as worker:
+            own.catalog.write_text("[small\n", encoding="utf-8")
+            worker.reload()
+            await submit(broker, job)
+            events = await events_of(broker, job)
+        assert isinstance(events[job.request_id][-1], Completed)
+        [record] = [record for record in caplog.records if record.name == "workers.worker"]
+        assert record.getMessage().startswith(f"the catalog stays as it was: {own.catalog}: ")
+
+    async def test_a_model_that_left_the_catalog_stays(
+        self, own: WorkerSettings, specs: dict[str, ModelSpec], broker: RedisBroker, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        job = make_job()
+        async with running(own, broker) as worker:
+            write_catalog(own.catalog, [specs["small"].model_copy(update={"name": "another"})])
+            worker.reload()
+            await submit(broker, job)
+            assert isinstance((await events_of(broker, job))[job.request_id][-1], Completed)
+        assert "small is gone from the catalog" in caplog.text
 
 
 async def has_started(broker: RedisBroker, job: Job) -> bool:
