@@ -4,14 +4,14 @@
     python -m benchmarks.loras --networks full --device cuda --dtype float16
 
 A network runs as the service runs it: recorded on a CPU, as a graph on a GPU. A recording holds the strengths of
-adapters, so that another wish needs another recording; merged weights change under the recording.
+adapters, so that another wish needs another recording; merged weights change under the recording. Each figure is the
+fastest of several tries: what other work on the machine adds isn't the network's.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
 import time
 import warnings
@@ -162,15 +162,15 @@ class Bench:
             times[1].append(self._time(lambda: networks[0](*inputs)))
             times[2].append(self._time(lambda: networks[1](*inputs)))
             times[3].append(self._time(lambda: networks[2](*inputs)))
-        return StepRow(self._subject.name, num_rows, *map(statistics.median, times))
+        return StepRow(self._subject.name, num_rows, *map(min, times))
 
     def measure_switches(self, num_rounds: int) -> SwitchRow:
         read_ms = self._time(lambda: self._reader.read(self._entries[0]))
         self._loras.fetch([("0", 1.0), ("1", 1.0)])[1].reading.result()
         first_ms = self._time(lambda: self._merge("0"))
         rounds = [self._measure_merges() for _ in range(num_rounds)]
-        merge_ms, merge_two_ms, restore_ms = map(statistics.median, zip(*rounds, strict=True))
-        adapters_ms = statistics.median(self._measure_adapters(1 + index / 10) for index in range(2))
+        merge_ms, merge_two_ms, restore_ms = map(min, zip(*rounds, strict=True))
+        adapters_ms = min(self._measure_adapters(1 + index / 10) for index in range(2))
         layers = self._loras.fetch([("0", 1.0)])[0].lora.networks["unet"].values()
         touched = sum(factors.up.shape[0] * factors.down.shape[1] for factors in layers)
         return SwitchRow(
