@@ -54,8 +54,9 @@ def check_key(key: str) -> None:
 
 
 def name_picture(job: Job, spec: ModelSpec) -> str:
-    """The same for the very same picture of one caller: model and its revision, all parameters, the seed."""
-    return digest([job.owner, spec.name, spec.public_revision, asdict(job.params)])
+    """The same for the very same picture of one caller: all that the catalog says of the model and its LoRAs, all
+    parameters, the seed."""
+    return digest([job.owner, spec.fingerprint, asdict(job.params)])
 
 
 def name_request(body: BaseModel, job: Job) -> str:

@@ -1,6 +1,6 @@
 """What style LoRAs cost: merged into the weights when the wish changes, or as adapters that stay beside the weights.
 
-    python -m benchmarks.loras                              # about four minutes on a CPU
+    python -m benchmarks.loras                              # about two minutes on a CPU
     python -m benchmarks.loras --networks full --device cuda --dtype float16
 
 A network runs as the service runs it: recorded on a CPU, as a graph on a GPU. A recording holds the strengths of
@@ -102,9 +102,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             bench = Bench(make_subject(name, device, dtype), device, dtype, Path(folder), options.rank)
             switches.append(bench.measure_switches(options.rounds))
+            print_table(switches[-1:])
             steps += [bench.measure_steps(rows, options.rounds) for rows in options.rows]
-    print_table(steps)
-    print_table(switches)
+            print_table(steps[-len(options.rows) :])
     write_report(options.json, vars(options), {"steps": steps, "switches": switches})
 
 
@@ -146,11 +146,11 @@ class Bench:
         self._loras = StyleLoras(subject.name, entries, device, networks, self._reader)
         self._entries = list(entries.values())
         self._adapted = [self._with_adapters(count + 1) for count in range(NUM_LORAS)]
+        self._recorded = [record(unet, device) for unet in (subject.unet, *self._adapted)]
 
     def measure_steps(self, num_rows: int, num_rounds: int) -> StepRow:
         inputs = make_inputs(self._subject, num_rows, self._device, self._dtype)
-        networks = [record(unet, self._device) for unet in (self._subject.unet, *self._adapted)]
-        self._merge()
+        networks = self._recorded
         for network in networks:
             for _ in range(3):
                 network(*inputs)

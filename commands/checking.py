@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-from commands.console import console, hush_libraries, say
+from commands.console import console, hush_libraries, output, say
 from models.catalog import ModelSpec
 from models.loading import LoadError
-from workers.checkup import Outcome, run_trial, trials_of
+from workers.checkup import Outcome, run_trial, trials_of, warm_up
 from workers.settings import WorkerSettings
 from workers.standalone import load_engine
 
@@ -35,8 +34,9 @@ def _check(spec: ModelSpec, settings: WorkerSettings) -> Iterator[str]:
         yield str(error)
         return
     with console.status(f"drawing with {spec.name}"):
+        warm_up(engine, spec)
         outcomes = [run_trial(engine, spec, trial) for trial in trials_of(spec)]
-    Console().print(_table(spec, outcomes))
+    output().print(_table(spec, outcomes))
     for outcome in outcomes:
         if outcome.problem:
             yield f"{spec.name}: {outcome.trial.rule}: {outcome.problem}"

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from commands.console import one_line_errors, say
+from commands.console import one_line_errors, output, say
 
 if TYPE_CHECKING:
     from app.access.keys import KeyRecord
@@ -70,7 +69,7 @@ def list_keys(file: KeysFile) -> None:
     table = Table(Column("id", no_wrap=True, min_width=12), *headings, box=None, pad_edge=False)
     for key_id, record in records.items():
         table.add_row(key_id, *_show_record(record))
-    Console().print(table)
+    output().print(table)
 
 
 def _show_record(record: KeyRecord) -> Iterator[str]:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from commands.console import fail, format_bytes, one_line_errors, say
+from commands.console import fail, format_bytes, one_line_errors, output, say
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from models.catalog import ModelSpec
     from models.hub.inventory import HeldFile, Holding
     from workers.settings import WorkerSettings
@@ -33,19 +34,20 @@ def list_models() -> None:
     from models.hub.inventory import holdings_of
 
     settings, catalog, _ = _load()
-    headings = ("family", "steps", "sizes", "files", "tested with", "licence")
-    table = Table(Column("name", no_wrap=True), *headings, box=None, pad_edge=False)
+    columns = [Column(heading, no_wrap=True) for heading in ("name", "family", "steps")]
+    others = [Column(heading, overflow="fold") for heading in ("sizes", "files", "tested with", "licence")]
+    table = Table(*columns, *others, box=None, pad_edge=False)
     for spec in catalog.values():
         state = _state(holdings_of(spec, settings.lock_file))
-        row = (spec.family, _steps(spec), _sizes(spec), state, spec.tested_with, spec.license)
-        table.add_row(spec.name, *row)
-    Console().print(table)
+        tested_with = spec.tested_with.removesuffix(" weights")
+        table.add_row(spec.name, spec.family, _steps(spec), _few_sizes(spec), state, tested_with, spec.license)
+    output().print(table)
 
 
 def _state(holdings: list[Holding]) -> str:
-    if all(holding.need.source.startswith("bundled:") for holding in holdings):
-        return "bundled"
     here = [holding.place is not None for holding in holdings]
+    if all(here) and all(holding.need.source.startswith("bundled:") for holding in holdings):
+        return "bundled"
     return "here" if all(here) else "partly here" if any(here) else "not here"
 
 
@@ -63,14 +65,14 @@ def show(name: Name) -> None:
     settings, _, (spec,) = _load([name])
     with _source_errors():
         lock = read_lock(settings.lock_file)
-        output = Console(highlight=False)
+        screen = output()
         facts = Table.grid(padding=(0, 2))
         for key, value in _facts(spec):
             facts.add_row(key, value)
-        output.print(facts)
+        screen.print(facts)
         for holding in holdings_of(spec, settings.lock_file):
             files = files_of(holding.need, lock) if holding.is_on_hub else []
-            _show_holding(output, holding, files)
+            _show_holding(screen, holding, files)
 
 
 def _facts(spec: ModelSpec) -> Iterator[tuple[str, str]]:
@@ -90,17 +92,17 @@ def _facts(spec: ModelSpec) -> Iterator[tuple[str, str]]:
         yield "deprecated", f"{spec.deprecated}" + (f", ends {spec.sunset}" if spec.sunset else "")
 
 
-def _show_holding(output: Console, holding: Holding, files: list[HeldFile]) -> None:
+def _show_holding(screen: Console, holding: Holding, files: list[HeldFile]) -> None:
     need, place = holding.need, holding.place
     revision = (place.revision if place else None) or need.revision
-    output.print(f"\n[bold]{need.part}[/]: {need.source}" + (f" at {revision}" if revision else ""), soft_wrap=True)
+    screen.print(f"\n[bold]{need.part}[/]: {need.source}" + (f" at {revision}" if revision else ""), soft_wrap=True)
     if place is None:
-        output.print(f"  {holding.problem.removeprefix(f'{need.model}: ')}", style="yellow", soft_wrap=True)
+        screen.print(f"  {holding.problem.removeprefix(f'{need.model}: ')}", style="yellow", soft_wrap=True)
     elif not holding.is_on_hub:
-        output.print(f"  {place.path}", soft_wrap=True)
+        screen.print(f"  {place.path}", soft_wrap=True)
     for file in files:
         size = "size unknown" if file.size is None else format_bytes(file.size)
-        output.print(f"  {file.name}  {size}  {'here' if file.is_here else 'not here'}", soft_wrap=True)
+        screen.print(f"  {file.name}  {size}  {'here' if file.is_here else 'not here'}", soft_wrap=True)
 
 
 @models_app.command()
@@ -141,7 +143,7 @@ def check(names: Names) -> None:
 
 @models_app.command()
 def remove(names: Names) -> None:
-    """Deletes from the Hub's cache what no other entry of the catalog needs.
+    """Deletes from the Hub's cache what no other entry needs that is here.
 
     Folders of your own and the bundled models stay.
 
@@ -149,10 +151,10 @@ def remove(names: Names) -> None:
     """
     from models.hub.inventory import remove as remove_files
 
-    _, catalog, specs = _load(names)
+    settings, catalog, specs = _load(names)
     others = [spec for spec in catalog.values() if spec.name not in names]
     with _source_errors():
-        num_bytes = remove_files(specs, others)
+        num_bytes = remove_files(specs, others, settings.lock_file)
     for spec in specs:
         _say_what_stays(spec)
     say(f"{format_bytes(num_bytes)} freed")
@@ -196,6 +198,11 @@ def _load(names: Sequence[str] = ()) -> tuple[WorkerSettings, dict[str, ModelSpe
 def _steps(spec: ModelSpec) -> str:
     steps = spec.num_inference_steps
     return f"{steps.default} ({steps.min}-{steps.max})"
+
+
+def _few_sizes(spec: ModelSpec) -> str:
+    (width, height), num_others = spec.default_size, len(spec.sizes) - 1
+    return f"{width}x{height}" + (f" + {num_others}" if num_others else "")
 
 
 def _sizes(spec: ModelSpec) -> str:

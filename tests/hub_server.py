@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 LARGE_SUFFIXES = (".safetensors", ".bin", ".ckpt")
 TOKEN = "hf_good"
+CURIOSITY = "/api/agent-harnesses"  # which huggingface_hub asks for on its own account
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,9 @@ class Request:
 class Hub:
     """What it holds, how it misbehaves, and what was asked of it.
 
-    `breaks` are files whose connection dies after so many bytes, once; `spoils` files whose last byte comes wrong;
-    `claims` files whose size is said to be another; `status` is answered to everything if set.
+    `breaks` are files whose connection dies after so many bytes, once, and with `ends_with_break` every later request
+    for the file is answered 500; `spoils` are files whose last byte comes wrong, `claims` files whose size is told
+    wrong; `status` is answered to everything if set.
     """
 
     port: int
@@ -71,6 +73,8 @@ class Hub:
     breaks: dict[str, int] = field(default_factory=dict)
     spoils: set[str] = field(default_factory=set)
     claims: dict[str, int] = field(default_factory=dict)
+    ends_with_break: bool = False
+    refused: set[str] = field(default_factory=set)
     status: int | None = None
     requests: list[Request] = field(default_factory=list)
     num_sent: Counter[str] = field(default_factory=Counter)
@@ -139,6 +143,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = urlsplit(self.path).path
+        if path == CURIOSITY:
+            self._refuse(404)
+            return
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         host = self.headers.get("Host", "").partition(":")[0]
         self.hub.requests.append(Request(self.command, host, path, self.headers.get("Range"), token))
@@ -176,6 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403 if token else 401, "GatedRepo", commit=commit)
         elif (file := files.get(unquote(file_name))) is None:
             self._refuse(404, "EntryNotFound", commit=commit)
+        elif unquote(file_name) in self.hub.refused:
+            self._refuse(500)
         elif file.is_large:
             linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
             location = {"Location": f"http://localhost:{self.hub.port}/lfs/{name}/{commit}/{file_name}"}
@@ -219,7 +228,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         end = self.hub.breaks.pop(name, None) if name else None
-        self.wfile.write(body[:end])
+        if end is not None and self.hub.ends_with_break:
+            self.hub.refused.add(str(name))
         if name:
             self.hub.num_sent[name] += len(body[:end])
+        self.wfile.write(body[:end])
         self.close_connection = end is not None

@@ -279,7 +279,7 @@ def small_sd_turbo_spec(root: Path) -> ModelSpec:
     if not (root / "sd-turbo").exists():
         make_sd_turbo_folder(root / "sd-turbo")
     source = str(root / "sd-turbo")
-    return small_spec(root, source=source, lora=None, default_scheduler="euler-ancestral", **NO_GUIDANCE)
+    return small_spec(root, source=source, lora=None, default_scheduler="euler", **NO_GUIDANCE)
 
 
 def small_sdxl_spec(root: Path, **changes: Any) -> ModelSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -83,7 +84,9 @@ def test_eight_wishes_at_once_are_drawn_as_each_alone(http: httpx.Client, metric
     for one, other in zip(alone, together, strict=True):
         assert np.abs(one - other).max() <= 2
     metrics = httpx.get(metrics_url).text
-    assert 'fewstep_resident_loras{model="mini-lcm"} 2.0' in metrics
+    resident = re.search(r'fewstep_resident_loras{model="mini-lcm"} (\d+)', metrics)
+    assert resident is not None
+    assert int(resident[1]) >= 2
     assert 'fewstep_lora_switch_seconds_count{model="mini-lcm"}' in metrics
 
 

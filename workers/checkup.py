@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from broker.messages import Delivery, Job, SamplingParams
+from broker.messages import Delivery, Job, LoraWeight, SamplingParams
 from models.catalog import ModelSpec
 from workers.engine.calibration import WarmUpError, check_picture
 from workers.engine.engine import Engine, run_until_done
@@ -13,6 +13,7 @@ from workers.engine.outputs import Blocked, Finished, GenerationFailed
 from workers.engine.request import RequestState
 
 PROMPT = "a red apple on a blue background"
+CLASS = "class 0"
 NEGATIVE_PROMPT = "a dog"
 
 
@@ -36,7 +37,7 @@ class Outcome:
 
 
 def trials_of(spec: ModelSpec) -> Iterator[Trial]:
-    """The entry's defaults, guidance where it is allowed, then each other scheduler and size once."""
+    """The entry's defaults, guidance where it is allowed, then each other scheduler, size and style LoRA once."""
     default = _default_params(spec)
     yield Trial("class" if spec.family == "consistency" else "default", default)
     guided = replace(default, guidance_scale=spec.guidance_scale.max)
@@ -49,6 +50,8 @@ def trials_of(spec: ModelSpec) -> Iterator[Trial]:
             yield Trial(f"scheduler {scheduler}", replace(default, scheduler=scheduler))
     for width, height in spec.sizes[1:]:
         yield Trial(f"size {width}x{height}", replace(default, width=width, height=height))
+    for name, lora in spec.loras.items():
+        yield Trial(f"LoRA {name}", replace(default, loras=(LoraWeight(name, lora.weight.default),)))
 
 
 def warm_up(engine: Engine, spec: ModelSpec) -> None:
@@ -84,7 +87,7 @@ def _outcome(trial: Trial, request: RequestState, problem: str | None) -> Outcom
 
 def _default_params(spec: ModelSpec) -> SamplingParams:
     return SamplingParams(
-        prompt=spec.example_prompts[0] if spec.example_prompts else PROMPT,
+        prompt=[*spec.example_prompts, CLASS if spec.family == "consistency" else PROMPT][0],
         negative_prompt=None,
         width=spec.default_size[0],
         height=spec.default_size[1],

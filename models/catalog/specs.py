@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -227,6 +228,11 @@ class ModelSpec(_Entry):
     def num_rows(self, num_images: int, guidance_scale: float) -> int:
         """How many rows of a batch a request takes: guidance doubles them."""
         return num_images * (2 if self.is_guided(guidance_scale) else 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one as soon as anything in the entry, or in its LoRAs' entries, is another."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def public_revision(self) -> str:

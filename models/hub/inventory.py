@@ -63,9 +63,10 @@ def _held(snapshot: Snapshot, name: str, size: int | None) -> HeldFile:
     return HeldFile(name, snapshot.path(name).stat().st_size if is_here else size, is_here)
 
 
-def remove(specs: Iterable[ModelSpec], others: Iterable[ModelSpec]) -> int:
-    """Deletes from the Hub's cache what `specs` have there and none of `others` needs. Returns the bytes freed."""
-    kept = _hub_needs(others)
+def remove(specs: Iterable[ModelSpec], others: Iterable[ModelSpec], lock_file: Path) -> int:
+    """Deletes from the Hub's cache what `specs` have there and none of `others` needs: of these only those count that
+    are here as a whole. Returns the bytes freed."""
+    kept = _hub_needs(spec for spec in others if all(holding.place for holding in holdings_of(spec, lock_file)))
     doomed = _hub_needs(specs)
     num_freed = delete(_cached_files(doomed) - _cached_files(kept))
     unshared = {need.source for need in doomed} - {need.source for need in kept}

@@ -1,7 +1,7 @@
 """Which files of a repository an entry of the catalog needs, and nothing more.
 
-Names in, names out: no disk, no network. Safetensors only; the variant of the entry where a network has one, else the
-plain file.
+Names in, names out: no disk, no network. Safetensors only; the entry's variant where a network has one, else the plain
+file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from models.catalog import ModelSpec
 
 MODEL_INDEX = "model_index.json"
 NETWORKS = ("unet", "vae", "tiny_vae")
+EXTRAS = frozenset({"safety_checker", "image_encoder"})  # which a pipeline can do without
 STEMS = ("diffusion_pytorch_model", "model")
 CONFIG_SUFFIXES = (".json", ".txt", ".model")
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -61,8 +62,8 @@ def needs_of(spec: ModelSpec) -> list[Need]:
 def need_of(spec: ModelSpec, part: str) -> Need:
     """Revision and variant are those of the entry's own source; other networks share its variant."""
     if part == "source":
-        replaced = {name for name in ("unet", "vae") if getattr(spec, name)} | {"safety_checker", "image_encoder"}
-        return Need(spec.name, part, spec.source, "pipeline", spec.revision, spec.variant, replaced=frozenset(replaced))
+        replaced = EXTRAS | {name for name in ("unet", "vae") if getattr(spec, name)}
+        return Need(spec.name, part, spec.source, "pipeline", spec.revision, spec.variant, replaced=replaced)
     if part == "lora" or part.startswith("loras."):
         lora = spec.lora if part == "lora" else spec.loras[part.removeprefix("loras.")]
         assert lora is not None
@@ -70,7 +71,7 @@ def need_of(spec: ModelSpec, part: str) -> Need:
     source = getattr(spec, part)
     revision = spec.revision if source == spec.source else None
     if part == "config":
-        return Need(spec.name, part, source, "configs", revision, replaced=frozenset({"safety_checker"}))
+        return Need(spec.name, part, source, "configs", revision, replaced=EXTRAS)
     if part == "safety_checker":
         variant = spec.variant if source == spec.source else None
         return Need(spec.name, part, source, "safety", revision, variant)

@@ -8,7 +8,7 @@ from app.errors import InvalidRequest
 from app.parameters import Defaults, check_size_text, complete, draw_seed, find_warnings
 from app.schemas import GenerationFields
 from broker.messages import MAX_SEED
-from models.catalog import ModelSpec, load_catalog
+from models.catalog import ModelSpec, Range, SchedulerSpec, load_catalog
 
 DEFAULTS = Defaults(output_format="jpeg")
 
@@ -21,6 +21,23 @@ def spec() -> ModelSpec:
 @pytest.fixture(scope="module")
 def wide_spec() -> ModelSpec:
     return load_catalog()["sd15-lcm"]
+
+
+@pytest.fixture(scope="module")
+def class_spec(spec: ModelSpec) -> ModelSpec:
+    """Of a model that draws ImageNet's classes."""
+    changes: dict[str, Any] = {
+        "name": "cm",
+        "family": "consistency",
+        "guidance": "none",
+        "guidance_scale": Range(default=0, min=0, max=0),
+        "classes": "imagenet",
+        "schedulers": {"cm": SchedulerSpec(class_name="CMStochasticIterativeScheduler")},
+        "default_scheduler": "cm",
+        "tiny_vae": None,
+        "lora": None,
+    }
+    return ModelSpec(**(spec.model_dump() | changes))
 
 
 def fields(**values: Any) -> GenerationFields:
@@ -97,3 +114,41 @@ def test_a_negative_prompt_without_guidance_is_told(spec: ModelSpec) -> None:
     assert "no effect" in find_warnings(complete(fields(negative_prompt="blur"), spec, DEFAULTS), spec)[0]
     assert not find_warnings(complete(fields(negative_prompt="blur", guidance_scale=2), spec, DEFAULTS), spec)
     assert not find_warnings(complete(fields(negative_prompt=""), spec, DEFAULTS), spec)
+
+
+@pytest.mark.parametrize("prompt", ["golden retriever", "a Golden  Retriever", "class 207", "207"])
+def test_the_prompt_of_a_class_conditional_model_is_a_class(class_spec: ModelSpec, prompt: str) -> None:
+    params = complete(fields(prompt=prompt), class_spec, DEFAULTS)
+    assert (params.prompt, params.guidance_scale, params.decoder) == (prompt, 0.0, "full")
+    assert find_warnings(params, class_spec) == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "allowed"),
+    [
+        ("goldfsh", "cm draws classes, by name or as class 0 to class 999; near names: goldfish, goldfinch"),
+        ("class 1000", "cm draws classes, by name or as class 0 to class 999; no name is near"),
+    ],
+)
+def test_a_prompt_that_names_no_class_is_refused_with_near_names(
+    class_spec: ModelSpec, prompt: str, allowed: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=allowed) as caught:
+        complete(fields(prompt=prompt), class_spec, DEFAULTS)
+    assert (caught.value.param, caught.value.code) == ("prompt", "unknown_class")
+
+
+def test_a_name_of_several_classes_gives_a_warning(class_spec: ModelSpec) -> None:
+    params = complete(fields(prompt="panda"), class_spec, DEFAULTS)
+    assert find_warnings(params, class_spec) == (
+        "prompt names several classes: drawn is class 388 (giant panda, panda); "
+        "there is also class 387 (lesser panda, red panda)",
+    )
+
+
+def test_what_a_class_conditional_model_has_no_use_for(class_spec: ModelSpec) -> None:
+    params = complete(fields(prompt="zebra", negative_prompt="a horse"), class_spec, DEFAULTS)
+    assert find_warnings(params, class_spec) == ("negative_prompt has no effect: cm was distilled without guidance",)
+    for wish, allowed in (({"guidance_scale": 2}, "allows 0: it was"), ({"decoder": "tiny"}, "only the full decoder")):
+        with pytest.raises(InvalidRequest, match=allowed):
+            complete(fields(prompt="zebra", **wish), class_spec, DEFAULTS)

@@ -10,8 +10,11 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from app.sharing import name_picture
+from models.catalog import StyleLora, load_catalog
 from tests.app.conftest import Api, StartApi
 from tests.app.test_generations import until_state
+from tests.jobs import make_job
 
 NATIVE, OPENAI = "/v1/generations", "/v1/images/generations"
 APPLE = {"prompt": "a red apple", "seed": 7}
@@ -207,3 +210,14 @@ async def test_a_retry_after_a_broken_connection_draws_again(api: Api) -> None:
 async def test_bad_keys(api: Api, key: str) -> None:
     answer = await post(api, APPLE, Idempotency_Key=key)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
+
+
+def test_a_picture_is_another_one_as_soon_as_its_entry_is() -> None:
+    spec = load_catalog()["mini-lcm"]
+    job = make_job(seed=3)
+    names = {name_picture(job, changed) for changed in (spec, spec.model_copy(update={"revision": "3"}))}
+    lora = StyleLora(name="ink", description="d", source="here", models=["mini-lcm"], license="MIT")
+    for source in ("here", "there"):
+        own = {"ink": lora.model_copy(update={"source": source})}
+        names.add(name_picture(job, spec.model_copy(update={"loras": own})))
+    assert len(names) == 4

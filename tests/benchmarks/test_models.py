@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-MODELS = ["lcm-dreamshaper-v7", "sdxl-turbo-lora"]  # between them: both text families, guidance embedded, a LoRA
+MODELS = ["cm-imagenet64", "sd15-lcm"]  # one of classes, and one of words with a LoRA
 
 
 @pytest.mark.timeout(300)

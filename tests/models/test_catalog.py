@@ -55,6 +55,21 @@ def test_defaults(tmp_path: Path) -> None:
         ('"somewhere"', '"some.safetensors"', "config: a single file needs it"),
         ('license = "MIT"', 'license = "MIT"\nconfig = "x"', "config: a single file needs it"),
         ('license = "MIT"', 'license = "MIT"\nclasses = "imagenet"', "classes: the consistency family needs it"),
+        (
+            'class_name = "LCMScheduler"',
+            'class_name = "LCMScheduler", timesteps = { 2 = [999] }',
+            r"timesteps: 2 falling numbers are needed, got \[999\]",
+        ),
+        (
+            'class_name = "LCMScheduler"',
+            'class_name = "LCMScheduler", timesteps = { 2 = [0, 22] }',
+            "timesteps: 2 falling numbers are needed",
+        ),
+        (
+            'class_name = "LCMScheduler"',
+            'class_name = "DDIMScheduler", timesteps = { 1 = [999] }',
+            "timesteps: DDIMScheduler takes none; LCMScheduler, TCD",
+        ),
         ("[small]", "[small", "catalog.toml"),
     ],
 )
@@ -62,6 +77,40 @@ def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, message: s
     with pytest.raises(CatalogError, match=message) as caught:
         load_catalog(write(tmp_path, MINIMAL.replace(old, new)))
     assert "catalog.toml" in str(caught.value)
+
+
+CONSISTENCY = (
+    MINIMAL.replace('"sd"', '"consistency"')
+    .replace('"LCMScheduler"', '"CMStochasticIterativeScheduler"')
+    .replace("max = 2 }", "max = 0 }")
+    .replace('license = "MIT"', 'license = "MIT"\nguidance = "none"\nclasses = "imagenet"')
+)
+
+
+def test_a_class_conditional_model_knows_its_classes(tmp_path: Path) -> None:
+    names = load_catalog(write(tmp_path, CONSISTENCY))["small"].class_names
+    assert names is not None
+    assert names.find("zebra") == 340
+    assert load_catalog(write(tmp_path, MINIMAL))["small"].class_names is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('classes = "imagenet"', "", "classes: the consistency family needs it"),
+        ('classes = "imagenet"', 'classes = "no.txt"', r"no\.txt: .*No such file"),
+        ('guidance = "none"', "", "guidance: the consistency family has none, got classifier-free"),
+        ('classes = "imagenet"', 'classes = "imagenet"\nvae = "x"', "vae: the consistency family has no use for it"),
+        (
+            'classes = "imagenet"',
+            'classes = "imagenet"\nlora = { source = "x" }',
+            "lora: the consistency family has no use",
+        ),
+    ],
+)
+def test_errors_of_a_class_conditional_model(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(CatalogError, match=rf"catalog\.toml: \[small\].*{message}"):
+        load_catalog(write(tmp_path, CONSISTENCY.replace(old, new)))
 
 
 def test_rows_of_one_request_fit_its_batch(tmp_path: Path) -> None:
@@ -116,6 +165,10 @@ def test_a_users_own_file_adds_and_replaces(tmp_path: Path) -> None:
 def test_a_written_catalog_reads_back_as_it_was(tmp_path: Path) -> None:
     """What the tests of other parts rely on."""
     specs = load_catalog() | load_catalog(write(tmp_path, MINIMAL + LORA))
+    scheduler = 'CMStochasticIterativeScheduler", timesteps = { 2 = [22, 0] }'
+    own = CONSISTENCY.replace("[small]", "[own]").replace('CMStochasticIterativeScheduler"', scheduler)
+    specs |= load_catalog(write(tmp_path, own))
+    assert specs["own"].schedulers["lcm"].timesteps == {2: [22, 0]}
     assert load_catalog(write_catalog(tmp_path / "again.toml", list(specs.values()))) == specs
 
 

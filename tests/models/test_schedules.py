@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import get_args
+
+import diffusers
 import pytest
 import torch
 
 from models.catalog import SchedulerSpec
+from models.catalog.specs import TAKES_TIMESTEPS, SchedulerClass
 from models.schedules import ScheduleFactory, predict_x0
 
 FOLDER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
@@ -29,6 +34,40 @@ def test_x0_is_what_the_scheduler_predicts(class_name: str, spacing: str, predic
         # LCM's boundary scalings (c_skip, c_out) move its prediction by up to 1e-4 of its size at small timesteps.
         torch.testing.assert_close(x0, expected, rtol=1e-3, atol=2e-2)
         sample = step.prev_sample
+
+
+@pytest.mark.parametrize("clip_denoised", [True, False])
+def test_x0_of_a_consistency_model_is_what_its_scheduler_adds_noise_to(clip_denoised: bool) -> None:
+    """The scheduler keeps its denoised value to itself, but a single step, which adds no noise, returns it."""
+    spec = SchedulerSpec(class_name="CMStochasticIterativeScheduler", config={"clip_denoised": clip_denoised})
+    generator = torch.Generator().manual_seed(0)
+    for number in range(0, 40, 3):
+        schedule = ScheduleFactory(spec.model_copy(update={"timesteps": {1: [number]}}), {}).new(1)
+        (timestep,) = schedule.timesteps
+        sample = torch.randn(1, 3, 8, 8, generator=generator)
+        model_input = schedule.scale_model_input(sample, timestep)
+        output = torch.randn(1, 3, 8, 8, generator=generator)
+        x0 = predict_x0(schedule, output, timestep, model_input)
+        torch.testing.assert_close(x0, schedule.step(output, timestep, sample).prev_sample, rtol=1e-4, atol=1e-5)
+
+
+def test_timesteps_of_the_catalog_stand_for_their_number_of_steps() -> None:
+    spec = SchedulerSpec(class_name="CMStochasticIterativeScheduler", timesteps={2: [22, 0]})
+    listed, even = ScheduleFactory(spec, {}), ScheduleFactory(spec.model_copy(update={"timesteps": {}}), {})
+    wanted = diffusers.CMStochasticIterativeScheduler()
+    wanted.set_timesteps(timesteps=[22, 0])
+    assert listed.new(2).timesteps.tolist() == wanted.timesteps.tolist()
+    assert listed.new(2).timesteps.tolist() != even.new(2).timesteps.tolist()
+    assert listed.new(3).timesteps.tolist() == even.new(3).timesteps.tolist()
+
+
+def test_who_takes_timesteps() -> None:
+    takes = [
+        class_name
+        for class_name in get_args(SchedulerClass)
+        if "timesteps" in inspect.signature(getattr(diffusers, class_name).set_timesteps).parameters
+    ]
+    assert tuple(takes) == TAKES_TIMESTEPS
 
 
 def test_each_request_has_its_own() -> None:
