@@ -268,10 +268,12 @@ class TestFaults:
 
     def test_a_hangup_reads_the_catalog_again_everywhere(self, tmp_path: Path) -> None:
         """A broken file first, which changes nothing; then one with another limit."""
-        shipped = load_catalog()["mini-lcm"]
+        few: dict[str, Any] = {"max_batch_size": 2, "max_num_images": 1, "loras": {}}  # so that it is warm soon
+        few["num_inference_steps"] = StepRange(default=4, min=1, max=8)
+        shipped = load_catalog()["mini-lcm"].model_copy(update=few)
         extra = write_catalog(tmp_path / "extra.toml", [shipped])
         own = start_service(tmp_path / "serve.log", FEWSTEP_EXTRA_CATALOG=str(extra))
-        many = {"prompt": PROMPT, "num_inference_steps": 25}
+        many = {"prompt": PROMPT, "num_inference_steps": 9}
         try:
             with httpx.Client(base_url=own.url, timeout=30) as http:
                 pids = {name: own.child(name).pid for name in ("gateway", "worker")}
@@ -279,11 +281,11 @@ class TestFaults:
                 own.process.send_signal(signal.SIGHUP)
                 wait_for_log(own, f"the catalog stays as it was: {extra}", 2)
                 assert http.post("/v1/generations", json=many).status_code == 400
-                steps = StepRange(default=4, min=1, max=25)
+                steps = StepRange(default=4, min=1, max=9)
                 write_catalog(extra, [shipped.model_copy(update={"num_inference_steps": steps})])
                 own.process.send_signal(signal.SIGHUP)
                 wait_for_log(own, "the catalog was read again, changed: ", 2)
-                assert len(http.post("/v1/generations", json=many).json()["timings"]["steps_ms"]) == 25
+                assert len(http.post("/v1/generations", json=many).json()["timings"]["steps_ms"]) == 9
                 assert {name: own.child(name).pid for name in pids} == pids
         finally:
             assert own.stop() == 0
