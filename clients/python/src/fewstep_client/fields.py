@@ -13,8 +13,8 @@ class Lora(TypedDict, total=False):
     weight: float
 
 
-class PictureFields(TypedDict, total=False):
-    """Of one picture."""
+class CommonFields(TypedDict, total=False):
+    """Over HTTP and live."""
 
     negative_prompt: str | None
     model: str | None
@@ -32,11 +32,16 @@ class PictureFields(TypedDict, total=False):
     metadata: bool | None
 
 
+class PictureFields(CommonFields, total=False):
+    """Of one picture. `cache`: whether the result may be shared."""
+
+    cache: bool | None
+
+
 class Fields(PictureFields, total=False):
-    """Of one picture or several: picture i is drawn from `seed` + i. `cache`: whether the result may be shared."""
+    """Of one picture or several: picture i is drawn from `seed` + i."""
 
     num_images: int | None
-    cache: bool | None
 
 
 class Refine(TypedDict, total=False):
@@ -47,7 +52,7 @@ class Refine(TypedDict, total=False):
     decoder: Literal["full", "tiny", "auto"] | None
 
 
-class LiveFields(PictureFields, total=False):
+class LiveFields(CommonFields, total=False):
     """Of a live request. Without a seed, a connection keeps one. `previews` is on by default."""
 
     num_images: int | None

@@ -193,9 +193,10 @@ def read_ending(event: ServerSentEvent) -> tuple[Picture, ...]:
 
 
 def read_error(answer: httpx.Response) -> ApiError:
-    try:
+    error = None
+    with suppress(ValueError, KeyError, TypeError):
         error = answer.json()["error"]
-    except (ValueError, KeyError, TypeError):  # what stands between may answer by itself
+    if not isinstance(error, dict):  # what stands between may answer by itself
         error = {"message": f"HTTP {answer.status_code} {answer.reason_phrase}: {answer.text[:200]}".rstrip(": ")}
     kind, request_id = error_class(answer.status_code), answer.headers.get("X-Request-Id")
     return kind(answer.status_code, error, retry_after_s=read_retry_after_s(answer.headers), request_id=request_id)
