@@ -252,6 +252,20 @@ async def test_a_finished_prompt_is_not_sent_again(start_api: StartApi) -> None:
             assert [delivery.job.params.prompt for delivery in api.painter.deliveries] == ["another"]
 
 
+async def test_a_better_picture_that_did_not_come_is_asked_for_again(start_api: StartApi) -> None:
+    port = free_port()
+    async with AsyncLive(f"http://127.0.0.1:{port}") as live:
+        seq = live.generate(PROMPT, num_inference_steps=1, refine=Refine(after_ms=500, num_inference_steps=2))
+        async with start_api(port=port, live_reconnect_in_ms=1):
+            await final_of(live, seq)
+        async with start_api(port=port):
+            await final_of(live, seq, refined=True)
+        async with start_api(port=port) as api:
+            await first(live, Ready)
+            await final_of(live, live.generate("another"))
+            assert [delivery.job.params.prompt for delivery in api.painter.deliveries] == ["another"]
+
+
 async def test_it_waits_for_a_server_that_is_not_there_yet(start_api: StartApi) -> None:
     port = free_port()
     async with AsyncLive(f"http://127.0.0.1:{port}") as live:
@@ -279,7 +293,9 @@ async def test_an_idle_client_connects_again_when_there_is_something_to_draw(sta
     async with start_api(live_idle_s=0.2) as api, AsyncLive(api.url) as live:
         idle = await first(live, Reconnecting)
         assert (idle.code, idle.delay_s) == (CloseCode.IDLE, None)
-        await final_of(live, live.generate(PROMPT))
+        await final_of(live, live.generate(PROMPT, refine=Refine(after_ms=60_000, num_inference_steps=2)))
+        idle = await first(live, Reconnecting)
+        assert idle.delay_s is None, "the better picture alone is no reason to connect"
 
 
 async def test_a_message_that_is_too_big_is_not_sent_again(start_api: StartApi) -> None:

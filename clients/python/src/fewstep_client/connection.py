@@ -47,11 +47,24 @@ class Lost:
 
 @dataclass(slots=True)
 class Request:
-    """`num_missing`: pictures that are still to come."""
+    """What was asked for, and how many pictures of it are still to come."""
 
     seq: int
     fields: dict[str, Any]
     num_missing: int = 1
+    num_refined_missing: int = 0
+
+    def begin(self) -> dict[str, Any]:
+        """The message that asks for it, on a connection that has drawn nothing of it."""
+        self.num_missing = self.fields.get("num_images") or 1
+        self.num_refined_missing = self.num_missing if self.fields.get("refine") else 0
+        return {"type": "generate", "seq": self.seq, **self.fields}
+
+    def count(self, frame: FinalFrame) -> None:
+        if frame.refined:
+            self.num_refined_missing -= 1
+        else:
+            self.num_missing -= 1
 
 
 class Wish:
@@ -70,14 +83,19 @@ class Wish:
         self.newest, self.must_cancel = None, True
         self.changed.set()
 
+    @property
+    def is_unmet(self) -> bool:
+        """Something must be drawn for it; a better picture that has not come is no reason to connect again."""
+        return self.newest is not None and self.newest.num_missing > 0
+
     def note(self, event: ServerEvent) -> None:
         """The newest request may have ended by it."""
         if self.newest is None:
             return
         match event:
             case FinalFrame(seq=self.newest.seq):
-                self.newest.num_missing -= 1
-                if self.newest.num_missing <= 0:
+                self.newest.count(event)
+                if self.newest.num_missing + self.newest.num_refined_missing <= 0:
                     self.newest = None
             case Superseded(seq=self.newest.seq) | Cancelled(seq=self.newest.seq) | Error(seq=self.newest.seq):
                 self.newest = None
@@ -151,9 +169,9 @@ class Connection:
         newest = self._wish.newest
         if newest is None or newest.seq == self._sent_seq:
             return None
-        self._sent_seq, newest.num_missing = newest.seq, newest.fields.get("num_images") or 1
+        self._sent_seq = newest.seq
         self._tasks.create_task(self._expect_answer())
-        return {"type": "generate", "seq": newest.seq, **newest.fields}
+        return newest.begin()
 
     async def _refresh_after(self, delay_s: float) -> None:
         """Where no token comes in time, the server closes and the next connection asks again."""

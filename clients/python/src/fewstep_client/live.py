@@ -41,7 +41,8 @@ class AsyncLive:
                     show(event.data)
 
     A picture counts as shown, and is acknowledged, when the next event is asked for: a slow loop gets fewer pictures,
-    and the newest. After a reconnect the newest unfinished request is sent again. `Closed` is the last event.
+    and the newest. After a reconnect the newest request is sent again, unless all of its pictures came, refined ones
+    included. `Closed` is the last event.
 
     With `key` it connects as that API key. `token` is asked for a live token whenever it connects and before the old
     one ends; `origin` is then the page's origin that the tokens are for. What `token` raises is tried again if it is
@@ -172,9 +173,9 @@ class AsyncLive:
         return lost.is_final or lost.code in FINAL_CODES
 
     async def _pause(self, lost: Lost, failures: int) -> None:
-        if lost.code == IDLE and self._wish.newest is None:
+        if lost.code == IDLE and not self._wish.is_unmet:
             self._inbox.put(Reconnecting(lost.code, lost.reason, None))
-            while self._wish.newest is None:
+            while not self._wish.is_unmet:
                 self._wish.changed.clear()
                 await self._wish.changed.wait()
             return

@@ -1,0 +1,47 @@
+"""docs/examples/live_page.html in a real browser, beside live.js and on the service's origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, Route
+
+from app.routes.page import WEB_PATH
+
+pytestmark = pytest.mark.xdist_group("service")
+EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "live_page.html"
+
+
+@pytest.fixture
+def page(browser: Browser, service_url: str) -> Iterator[Page]:
+    """Open, live, and without a word on its console."""
+    context = browser.new_context()
+    page = context.new_page()
+    files = {"live_page.html": EXAMPLE, "live.js": WEB_PATH / "live.js"}
+
+    def serve(route: Route) -> None:
+        route.fulfill(path=files[route.request.url.rpartition("/")[2]])
+
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.route("**/shop/*", serve)
+    page.goto(f"{service_url}/shop/live_page.html")
+    page.wait_for_function("document.getElementById('status').textContent === 'live'")
+    yield page
+    context.close()
+    assert problems == []
+
+
+def test_typing_shows_pictures_and_the_last_is_a_final(page: Page) -> None:
+    page.get_by_label("Prompt").press_sequentially("a red apple on a blue background")
+    page.wait_for_function("document.getElementById('picture').dataset.type === 'final'")
+    assert page.evaluate("document.getElementById('picture').naturalWidth") == 64
+
+
+def test_what_is_refused_is_told(page: Page) -> None:
+    page.evaluate("document.getElementById('prompt').maxLength = -1")
+    page.get_by_label("Prompt").fill("a" * 3000)
+    page.wait_for_function("document.getElementById('status').textContent.includes('prompt')")
