@@ -7,12 +7,14 @@ import json
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from app.live.protocol import SUBPROTOCOL, CloseCode
@@ -193,7 +195,7 @@ async def test_a_closed_client_says_so(api: Api) -> None:
     async with live:
         await first(live, Ready)
     for call in (live.cancel, lambda: live.generate(PROMPT)):
-        with pytest.raises(LiveClosed, match="is closed"):
+        with pytest.raises(LiveClosed, match="the connection is closed: closed by this client"):
             call()
     assert await rest(live) == [Closed(1000, "closed by this client")]
 
@@ -349,7 +351,7 @@ async def test_a_wrong_key_closes_for_good_and_says_why(start_api: StartApi, key
         assert isinstance(closed, Closed)
         assert closed.code == CloseCode.AUTH
         assert "API key" in closed.reason
-        with pytest.raises(LiveClosed):
+        with pytest.raises(LiveClosed, match="API key"):
             live.generate(PROMPT)
 
 
@@ -420,6 +422,19 @@ async def test_a_mistake_in_the_token_source_comes_out_of_the_iterator(api: Api)
             await rest(live)
 
 
+async def test_a_mistake_while_it_is_connected_comes_out_as_it_is(start_api: StartApi, keys: Keys) -> None:
+    key = keys.make()
+    async with start_api(api_keys_file=keys.path, has_worker=False) as api:
+        tokens = [await token_source(api, key, ttl_s=1)()]
+
+        async def broken() -> str:
+            return tokens.pop()
+
+        async with AsyncLive(api.url, token=broken, origin=PAGE) as live:
+            with pytest.raises(IndexError):
+                await rest(live)
+
+
 async def test_a_token_source_whose_backend_is_away_is_asked_again(api: Api) -> None:
     failures: list[Exception] = [httpx.ConnectError("away"), TimeoutError(), busy()]
 
@@ -469,8 +484,8 @@ async def test_a_credential_that_no_handshake_carries_is_not_shown(credential: s
 
 
 @asynccontextmanager
-async def serving(handle: Any) -> AsyncIterator[str]:
-    async with serve(handle, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)]) as server:
+async def serving(handle: Any, **options: Any) -> AsyncIterator[str]:
+    async with serve(handle, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)], **options) as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
@@ -495,6 +510,20 @@ async def test_silence_is_a_lost_connection(monkeypatch: pytest.MonkeyPatch, say
             assert (await first(live, Reconnecting)).reason == "no answer for 0.2 s"
 
 
+@pytest.mark.parametrize(("status", "is_final"), [(400, True), (404, True), (408, False), (429, False), (503, False)])
+async def test_a_refused_handshake(status: int, is_final: bool) -> None:
+    async def refuse(socket: ServerConnection, _: Request) -> Response:
+        return socket.respond(HTTPStatus(status), "no")
+
+    async def never(_: ServerConnection) -> None:
+        raise AssertionError("it was refused")
+
+    async with serving(never, process_request=refuse) as url, AsyncLive(url) as live:
+        event = await anext(live)
+        assert isinstance(event, Closed if is_final else Reconnecting)
+        assert event.reason == f"the handshake was refused with HTTP {status}"
+
+
 @pytest.mark.parametrize("code", sorted(FINAL_CODES))
 async def test_codes_after_which_nothing_helps(code: int) -> None:
     async def refuse(socket: ServerConnection) -> None:
@@ -502,6 +531,23 @@ async def test_codes_after_which_nothing_helps(code: int) -> None:
 
     async with serving(refuse) as url, AsyncLive(url) as live:
         assert await rest(live) == [Closed(code, "no")]
+
+
+async def test_a_server_that_dies_while_the_client_closes() -> None:
+    closing = asyncio.Event()
+
+    async def die(socket: ServerConnection) -> None:
+        await socket.send(ready_message())
+        await closing.wait()
+        socket.transport.abort()
+
+    for _ in range(5):
+        async with serving(die) as url, asyncio.timeout(10):
+            async with AsyncLive(url) as live:
+                await first(live, Ready)
+                closing.set()
+                await asyncio.sleep(0)
+            closing.clear()
 
 
 async def test_what_a_newer_server_says_is_passed_over() -> None:

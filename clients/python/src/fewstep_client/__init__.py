@@ -21,6 +21,7 @@ from fewstep_client.events import (
     Closed,
     Error,
     FinalFrame,
+    Frame,
     LiveEvent,
     PreviewFrame,
     Queued,
@@ -28,7 +29,7 @@ from fewstep_client.events import (
     Reconnecting,
     Superseded,
 )
-from fewstep_client.fields import Fields, LiveFields, Lora, PictureFields, Refine
+from fewstep_client.fields import CommonFields, Fields, LiveFields, Lora, PictureFields, Refine
 from fewstep_client.http import AsyncClient
 from fewstep_client.live import AsyncLive
 from fewstep_client.results import LiveToken, Picture, Preview, Timings
@@ -43,10 +44,12 @@ __all__ = [
     "Cancelled",
     "Client",
     "Closed",
+    "CommonFields",
     "Error",
     "FewstepError",
     "Fields",
     "FinalFrame",
+    "Frame",
     "Live",
     "LiveClosed",
     "LiveEvent",

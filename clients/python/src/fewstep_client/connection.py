@@ -114,15 +114,17 @@ class Connection:
 
     async def serve(self) -> Lost:
         """Returns when it is over."""
-        reason: str | None = None
+        reason = ""
         try:
             async with self._tasks:
                 self._tasks.create_task(self._expect_answer())
                 self._tasks.create_task(self._receive_forever())
-        except* TimeoutError:
-            reason = f"no answer for {MAX_SILENCE_S:g} s"
-        except* ConnectionClosed:
-            pass  # the socket knows how
+        except BaseExceptionGroup as group:
+            error = group.exceptions[0]
+            if isinstance(error, TimeoutError):
+                reason = f"no answer for {MAX_SILENCE_S:g} s"
+            elif not isinstance(error, ConnectionClosed):
+                raise error from None
         return Lost(self._socket.close_code, reason or self._socket.close_reason or "", self._is_ready)
 
     def acknowledge(self, frame: int) -> None:

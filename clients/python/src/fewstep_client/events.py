@@ -42,8 +42,8 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
-class PreviewFrame:
-    """What the model predicts after `step` of its steps. `data` is an image file."""
+class Frame:
+    """A picture of request `seq`, after `step` of its steps. `data` is an image file; `seed` draws it again."""
 
     frame: int
     seq: int
@@ -60,22 +60,15 @@ class PreviewFrame:
 
 
 @dataclass(frozen=True, slots=True)
-class FinalFrame:
-    """A finished picture. `data` is an image file; `seed` draws it again."""
+class PreviewFrame(Frame):
+    """What the model predicts on the way."""
 
-    frame: int
-    seq: int
-    request_id: str
-    index: int
-    step: int
-    num_inference_steps: int
-    seed: int
-    format: str
-    width: int
-    height: int
-    refined: bool
+
+@dataclass(frozen=True, slots=True)
+class FinalFrame(Frame):
+    """A finished picture."""
+
     timings: Timings
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +120,6 @@ class Closed:
     reason: str
 
 
-Frame = PreviewFrame | FinalFrame
 ServerEvent = Ready | Authenticated | Queued | PreviewFrame | FinalFrame | Superseded | Cancelled | Error
 LiveEvent = ServerEvent | Reconnecting | Closed
 
@@ -154,7 +146,7 @@ def read_message(message: dict[str, Any]) -> ServerEvent | None:
     return None
 
 
-def read_frame(message: bytes) -> Frame | None:
+def read_frame(message: bytes) -> PreviewFrame | FinalFrame | None:
     """4 bytes length of the header (big-endian), the header as JSON, the image file."""
     start = 4 + int.from_bytes(message[:4], "big")
     header, data = json.loads(message[4:start]), message[start:]

@@ -65,6 +65,7 @@ class AsyncLive:
         self._key, self._token = key, token
         self._wish, self._inbox, self._seq = Wish(), Inbox(), 0
         self._running: asyncio.Task[None] | None = None
+        self._is_closing, self._end = False, Closed(NORMAL, "closed by this client")
         self._shown: tuple[int, Connection] | None = None
 
     async def __aenter__(self) -> Self:
@@ -81,9 +82,10 @@ class AsyncLive:
         """Closes for good; unfinished work is cancelled by the service."""
         if self._running is None or self._running.done():
             return
+        self._is_closing = True
         self._running.cancel()
         await asyncio.wait([self._running])
-        self._inbox.put(Closed(NORMAL, "closed by this client"))
+        self._inbox.put(self._end)
 
     def generate(self, prompt: str, **fields: Unpack[LiveFields]) -> int:
         """Asks for a picture, which replaces every request before it. Returns its `seq`. Raises LiveClosed."""
@@ -121,7 +123,7 @@ class AsyncLive:
         if self._running is None:
             raise LiveClosed("the connection isn't open yet: `async with AsyncLive(…) as live`")
         if self._running.done():
-            raise LiveClosed("the connection is closed")
+            raise LiveClosed(f"the connection is closed: {self._end.reason or f'code {self._end.code}'}")
 
     async def _raise_mistake(self) -> None:
         if self._running is not None and not self._running.cancelled():
@@ -133,11 +135,14 @@ class AsyncLive:
         failures = 0
         while True:
             lost = await self._connect()
+            if self._is_closing:  # a task group that fails at the moment of a cancellation swallows it
+                return None
             failures = 0 if lost.was_ready else failures + 1
             if lost.code == TOO_BIG:
                 self._wish.newest = None  # it would end the next connection, too
             if self._is_over(lost):
-                return self._inbox.put(Closed(lost.code, lost.reason))
+                self._end = Closed(lost.code, lost.reason)
+                return self._inbox.put(self._end)
             await self._pause(lost, failures)
 
     async def _connect(self) -> Lost:
@@ -155,7 +160,8 @@ class AsyncLive:
                 return await Connection(socket, self._wish, self._inbox, self._token).serve()
         except InvalidStatus as error:
             status = error.response.status_code
-            return Lost(None, f"the handshake was refused with HTTP {status}", is_final=400 <= status < 500)
+            is_final = 400 <= status < 500 and status not in (408, 429)
+            return Lost(None, f"the handshake was refused with HTTP {status}", is_final=is_final)
         except PASSING as error:
             return Lost(None, f"{type(error).__name__}: {error}")
 
