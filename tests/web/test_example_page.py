@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Route
+from playwright.sync_api import Browser, Page
 
 from app.routes.page import WEB_PATH
 
@@ -16,19 +16,18 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "live_page
 
 @pytest.fixture
 def page(browser: Browser, service_url: str) -> Iterator[Page]:
-    """Open, live, and without a word on its console."""
+    """Live, and without a word on its console.
+
+    The document is the service's own, with other content: a page that a test answers itself may not open sockets.
+    """
     context = browser.new_context()
     page = context.new_page()
-    files = {"live_page.html": EXAMPLE, "live.js": WEB_PATH / "live.js"}
-
-    def serve(route: Route) -> None:
-        route.fulfill(path=files[route.request.url.rpartition("/")[2]])
-
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.route("**/shop/*", serve)
-    page.goto(f"{service_url}/shop/live_page.html")
+    page.route("**/live.js", lambda route: route.fulfill(path=WEB_PATH / "live.js"))
+    page.goto(f"{service_url}/livez")
+    page.set_content(EXAMPLE.read_text(encoding="utf-8"))
     page.wait_for_function("document.getElementById('status').textContent === 'live'")
     yield page
     context.close()

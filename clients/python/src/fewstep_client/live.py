@@ -70,7 +70,7 @@ class AsyncLive:
 
     async def __aenter__(self) -> Self:
         self._running = asyncio.create_task(self._run())
-        self._running.add_done_callback(lambda _: self._inbox.close())
+        self._running.add_done_callback(self._finish)
         return self
 
     async def __aexit__(
@@ -85,7 +85,6 @@ class AsyncLive:
         self._is_closing = True
         self._running.cancel()
         await asyncio.wait([self._running])
-        self._inbox.put(self._end)
 
     def generate(self, prompt: str, **fields: Unpack[LiveFields]) -> int:
         """Asks for a picture, which replaces every request before it. Returns its `seq`. Raises LiveClosed."""
@@ -125,6 +124,11 @@ class AsyncLive:
         if self._running.done():
             raise LiveClosed(f"the connection is closed: {self._end.reason or f'code {self._end.code}'}")
 
+    def _finish(self, running: asyncio.Task[None]) -> None:
+        if running.cancelled() or running.exception() is None:
+            self._inbox.put(self._end)
+        self._inbox.close()
+
     async def _raise_mistake(self) -> None:
         if self._running is not None and not self._running.cancelled():
             await self._running
@@ -136,13 +140,13 @@ class AsyncLive:
         while True:
             lost = await self._connect()
             if self._is_closing:  # a task group that fails at the moment of a cancellation swallows it
-                return None
+                return
             failures = 0 if lost.was_ready else failures + 1
             if lost.code == TOO_BIG:
                 self._wish.newest = None  # it would end the next connection, too
             if self._is_over(lost):
                 self._end = Closed(lost.code, lost.reason)
-                return self._inbox.put(self._end)
+                return
             await self._pause(lost, failures)
 
     async def _connect(self) -> Lost:
