@@ -144,7 +144,7 @@ async def test_someone_who_types_a_class_letter_by_letter(families: Families) ->
     assert final.header["seq"] == 4
 
 
-async def test_the_command_refuses_an_unknown_class_before_it_loads_anything(families: Families, tmp_path: Path) -> None:
+async def test_the_command_refuses_an_unknown_class_before_it_loads(families: Families, tmp_path: Path) -> None:
     log = tmp_path / "generate.log"
     arguments = ("generate", "goldfsh", "--model", NAMES["consistency"], "-o", str(tmp_path / "out.png"))
     process = spawn(*arguments, log=log, FEWSTEP_CATALOG=str(families.catalog))

@@ -20,7 +20,8 @@ from workers.settings import WorkerSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), *REPOSITORY.glob("*.md"), REPOSITORY / "benchmarks" / "README.md"])
+READMES = [REPOSITORY / "benchmarks" / "README.md", REPOSITORY / "clients" / "python" / "README.md"]
+PAGES = sorted([*DOCS.rglob("*.md"), *REPOSITORY.glob("*.md"), *READMES])
 
 
 def section(page: str, title: str) -> str:
