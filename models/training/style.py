@@ -114,7 +114,7 @@ def main(
     base: Annotated[Path, typer.Option(help="The teacher, as exported.")] = BUNDLED / "mini-sd",
     ship_to: Annotated[Path | None, typer.Option("--ship", help="Folder to put the finished LoRA into.")] = None,
     pictures: Annotated[int, typer.Option(help="How many to paint.")] = 6000,
-    steps: int = 400,
+    steps: int = 250,
     rate: float = 2e-3,
     batch_size: int = 32,
     emoji: Annotated[bool, typer.Option(help="Without emoji no font is needed.")] = True,
@@ -129,7 +129,7 @@ def main(
         CLIPTextModel.from_pretrained(base, subfolder="text_encoder", variant="fp16", dtype=torch.float32),
         CaptionedLatents(cache, vocabulary, tokenizer, batch_size),
         out,
-        TrainSettings(steps, rate, warmup=30, ema_decay=0.98, save_every=50, weight_decay=0, seed=seed),
+        TrainSettings(steps, rate, warmup=20, ema_decay=0.98, save_every=25, weight_decay=0, seed=seed),
     ).run()
     if ship_to is not None:
         ship(out, f"mini-{style}", ship_to)
