@@ -357,6 +357,7 @@ class ModelCard(BaseModel):
     sizes: list[str]
     default_size: str
     num_inference_steps: Limit
+    guidance: Literal["classifier-free", "embedded", "none"]
     guidance_scale: Limit
     schedulers: list[str]
     default_scheduler: str

@@ -45,6 +45,7 @@ def show_model(spec: ModelSpec, workers: list[WorkerInfo]) -> ModelCard:
         sizes=sizes,
         default_size=sizes[0],
         num_inference_steps=Limit.model_validate(spec.num_inference_steps, from_attributes=True),
+        guidance=spec.guidance,
         guidance_scale=Limit.model_validate(spec.guidance_scale, from_attributes=True),
         schedulers=list(spec.schedulers),
         default_scheduler=spec.default_scheduler,
