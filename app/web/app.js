@@ -22,7 +22,7 @@ import { readUrl, urlOf, writeUrl } from "./url.js";
  * @typedef {{at: number, wish: Wish, firstMs: number | null, isAnswered: boolean, refinedFrom: number}} Asked
  */
 
-const IDEAS_SHOWN = 6;
+const IDEAS_SHOWN = 4;
 /** Longer prompts are set in smaller type. */
 const LONG_PROMPT_CHARS = 75;
 const MODELS_RETRY_MS = 2_000;
@@ -63,6 +63,8 @@ let newestSeq = 0;
 let current = null;
 /** @type {Map<string, Card>} */
 const models = new Map();
+/** The model that a person or a link asked for. */
+let wanted = readUrl().model ?? "";
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let retryTimer;
 /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -96,13 +98,21 @@ function forget() {
   writeUrl(readWish());
 }
 
-/** A model that has lost its worker says so; the list of models is asked until it has one again. @param {string} model */
+/**
+ * Whether some worker holds the model. Where none does, the list of models is asked until one has it.
+ *
+ * @param {string} model
+ */
 function canDraw(model) {
   const card = models.get(model);
-  if (!card || card.ready) return true;
-  notices.say("models", `No worker has ${model} loaded right now. Choose another model, or start a worker for it.`, "bad");
-  loadModelsLater();
-  return false;
+  const isReady = !card || card.ready;
+  if (!isReady) loadModelsLater();
+  const isAlone = ![...models.values()].some(({ ready }) => ready);
+  const words = isAlone
+    ? "No worker is ready yet. Drawing begins as soon as one is."
+    : `No worker has ${model} loaded right now. Choose another model, or start a worker for it.`;
+  notices.say("models", isReady ? "" : words, isAlone ? "wait" : "bad");
+  return isReady;
 }
 
 /** @param {string} words */
@@ -210,8 +220,15 @@ function cellButton(index) {
   return button;
 }
 
-/** Back to a picture of before: what it was made of, and itself, without drawing it again. @param {import("./strip.js").Kept} kept */
-async function restore(kept) {
+/**
+ * Back to a picture of before: what it was made of, and itself, without drawing it again. File format and sharpening
+ * stay as they are chosen now.
+ *
+ * @param {import("./strip.js").Kept} before
+ */
+async function restore(before) {
+  const { format, refine } = readWish();
+  const kept = { ...before, wish: { ...before.wish, format, refine } };
   live.cancel();
   clearTimeout(retryTimer);
   clearTimeout(restTimer);
@@ -229,7 +246,7 @@ function writeWish(wish) {
   if (wish.prompt !== undefined) prompt.value = wish.prompt;
   prompt.classList.toggle("long", prompt.value.length > LONG_PROMPT_CHARS);
   if (wish.model && wish.model !== modelBox.value && models.has(wish.model)) {
-    modelBox.value = wish.model;
+    modelBox.value = wanted = wish.model;
     useModel(wish.model);
   }
   const lost = settings.write(wish);
@@ -339,17 +356,15 @@ function speak(words) {
 async function loadModels() {
   const list = await fetchModels(door.headers);
   if (list.status === 401) return door.ask(door.credential && "The service doesn't know this key.");
-  const card = firstModel(list, modelBox.value || readUrl().model || "");
-  if (!card) {
-    notices.say("models", list.status === 200 ? "The model is warming up…" : "");
-    return loadModelsLater();
-  }
+  const card = firstModel(list, wanted);
+  if (!card) return loadModelsLater();
   const isFirst = models.size === 0;
   for (const model of list.cards) models.set(model.id, model);
   listModels(modelBox, list.cards, card.id);
   if (isFirst) start(card);
-  notices.say("models", "");
-  if (prompt.value.trim() && (isFirst || card.ready)) generate();
+  else if (card.id !== settings.card?.id) useModel(card.id);
+  if (prompt.value.trim()) generate();
+  else canDraw(card.id);
   return undefined;
 }
 
@@ -410,7 +425,7 @@ prompt.addEventListener("keydown", (event) => {
 });
 byId("words").addEventListener("submit", (/** @type {Event} */ event) => event.preventDefault());
 modelBox.addEventListener("change", ({ timeStamp }) => {
-  notices.say("models", "");
+  wanted = modelBox.value;
   useModel(modelBox.value);
   generate(timeStamp);
 });

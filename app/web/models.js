@@ -20,7 +20,7 @@ export async function fetchModels(headers) {
 }
 
 /**
- * The model to begin with: the one asked for, else the service's default, else any that is ready.
+ * The model to begin with: the one asked for, else the service's default, else any that is ready, else any.
  *
  * @param {ModelList} list
  * @param {string} wanted
@@ -29,7 +29,7 @@ export async function fetchModels(headers) {
 export function firstModel({ cards, standard }, wanted) {
   const ready = cards.filter(({ ready }) => ready);
   const named = (/** @type {string} */ name) => ready.find(({ id }) => id === name);
-  return cards.find(({ id }) => id === wanted) ?? named(standard) ?? ready[0];
+  return cards.find(({ id }) => id === wanted) ?? named(standard) ?? ready[0] ?? cards.find(({ id }) => id === standard) ?? cards[0];
 }
 
 /**

@@ -94,8 +94,8 @@ CONNECT = """async (url) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Gateway]:
+@pytest.fixture(scope="module", name="gateway")
+def start_gateway(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Gateway]:
     gateway = Gateway(tmp_path_factory.mktemp("gateway"), redis_url)
     try:
         gateway.wait_until_alive()
