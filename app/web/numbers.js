@@ -141,7 +141,7 @@ export function figuresOf({ timings, refined }, total) {
     encode_ms: ms("encode_ms"),
     rest_ms: Math.max(0, total - ms("total_ms")),
   };
-  return { total, refined: Boolean(refined), stages };
+  return { total: Math.max(total, ms("total_ms")), refined: Boolean(refined), stages };
 }
 
 /** @param {number} ms */

@@ -105,6 +105,8 @@ def open_page(browser: Browser, service_url: str) -> Iterator[OpenPage]:
 
     yield open_it
     for context in contexts:
-        problems += [violation for page in context.pages for violation in page.evaluate("window.seen?.violations ?? []")]
+        problems += [
+            violation for page in context.pages for violation in page.evaluate("window.seen?.violations ?? []")
+        ]
         context.close()
     assert problems == []
