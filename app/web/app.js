@@ -17,9 +17,10 @@ import { readUrl, urlOf, writeUrl } from "./url.js";
 /** @typedef {import("./request.js").Card} Card */
 
 /**
- * A request under way: when the person acted, when its first frame was shown, when its sharpening began.
+ * A request under way: when the person acted, how long after that its first frame and its picture were shown, when its
+ * sharpening began.
  *
- * @typedef {{at: number, wish: Wish, firstMs: number | null, isAnswered: boolean, refinedFrom: number}} Asked
+ * @typedef {{at: number, wish: Wish, firstMs: number | null, finalMs: number | null, refinedFrom: number}} Asked
  */
 
 const IDEAS_SHOWN = 4;
@@ -84,7 +85,7 @@ function generate(at = performance.now()) {
   writeUrl(wish);
   if (!canDraw(wish.model)) return;
   newestSeq = live.generate(/** @type {any} */ (liveRequest(wish, settings.card)));
-  asked.set(newestSeq, { at, wish, firstMs: null, isAnswered: false, refinedFrom: 0 });
+  asked.set(newestSeq, { at, wish, firstMs: null, finalMs: null, refinedFrom: 0 });
 }
 
 function readWish() {
@@ -160,9 +161,9 @@ function showProgress(header) {
 function finish(picture, of, shownAt) {
   const { header } = picture;
   const figures = figuresOf(header, shownAt - (header.refined ? of.refinedFrom : of.at));
-  if (!header.refined && !of.isAnswered) {
-    of.isAnswered = true;
-    numbers.latency(of.firstMs, shownAt - of.at);
+  if (!header.refined && of.finalMs === null) {
+    of.finalMs = shownAt - of.at;
+    numbers.latency(of.firstMs, of.finalMs);
   }
   numbers.show(figures);
   for (const seq of asked.keys()) if (seq < header.seq) asked.delete(seq);
@@ -171,7 +172,7 @@ function finish(picture, of, shownAt) {
   if (header.seq !== newestSeq) return;
   notices.say("request", "");
   clearTimeout(restTimer);
-  restTimer = setTimeout(() => rest(shownAt - of.at), REST_MS);
+  restTimer = setTimeout(() => rest(of.finalMs ?? shownAt - of.at), REST_MS);
 }
 
 /** What can be done with the picture on the stage. @param {import("./strip.js").Kept} kept */
@@ -180,9 +181,8 @@ function present(kept) {
   const { wish, columns } = kept;
   const many = columns > 1 ? `${columns ** 2} pictures of ` : "";
   byId("picture").setAttribute("aria-label", many + wish.prompt);
-  for (const button of document.querySelectorAll("#actions button")) /** @type {HTMLButtonElement} */ (button).disabled = false;
-  for (const button of document.querySelectorAll("#actions [data-single]"))
-    /** @type {HTMLButtonElement} */ (button).disabled = columns > 1;
+  for (const button of /** @type {NodeListOf<HTMLButtonElement>} */ (document.querySelectorAll("#actions button")))
+    button.disabled = columns > 1 && button.dataset.single !== undefined;
   offerChoice(kept);
 }
 
@@ -195,13 +195,18 @@ function rest(latencyMs) {
   speak(`Picture of ${current.wish.prompt}, after ${Math.round(latencyMs)} milliseconds`);
 }
 
-/** A grid's pictures are buttons: the one that is pressed becomes the picture. @param {import("./strip.js").Kept} kept */
+/**
+ * A grid's pictures are buttons: the one that is pressed becomes the picture.
+ *
+ * @param {import("./strip.js").Kept} kept
+ */
 function offerChoice({ pictures, columns }) {
   const cells = byId("cells");
   const count = columns === 1 ? 0 : pictures.length;
   cells.hidden = count === 0;
   cells.dataset.columns = String(columns);
-  if (cells.childElementCount !== count) cells.replaceChildren(...Array.from({ length: count }, (_, index) => cellButton(index)));
+  const buttons = () => Array.from({ length: count }, (_, index) => cellButton(index));
+  if (cells.childElementCount !== count) cells.replaceChildren(...buttons());
   for (const [index, button] of [...cells.children].entries())
     button.setAttribute("aria-label", `Take picture ${index + 1} of ${count}, seed ${pictures[index].header.seed}`);
 }
@@ -290,7 +295,8 @@ for (const [id, write, what] of /** @type {[string, Function, string][]} */ ([
   byId(id).addEventListener("click", () => {
     if (!current) return;
     const { wish, pictures: [{ header }] } = current;
-    const place = { origin: location.origin, hasKeys: door.credential !== "", name: fileName(wish.prompt, header.seed) };
+    const name = fileName(wish.prompt, header.seed);
+    const place = { origin: location.origin, hasKeys: door.credential !== "", name };
     copy(write({ ...pictureFields(wish, settings.card), seed: header.seed }, place), what);
   });
 }
@@ -300,8 +306,8 @@ for (const [id, write, what] of /** @type {[string, Function, string][]} */ ([
  * @param {string} what
  */
 async function copy(text, what) {
-  const worked = await copyText(text);
-  tell(worked ? `${what} is in the clipboard.` : "The browser lets no page use the clipboard here.", worked ? "note" : "bad");
+  if (await copyText(text)) tell(`${what} is in the clipboard.`, "note");
+  else tell("The browser lets no page use the clipboard here.", "bad");
 }
 
 // Connection and errors
@@ -313,7 +319,8 @@ live.on("state", (change) => {
   connection.textContent = CONNECTION_WORDS[/** @type {import("./live.js").LiveState} */ (state)];
   connection.title = reason ?? "";
   if (state === "closed" && code === 4401) return door.ask(`The service says: ${reason}`);
-  if (state !== "connecting") notices.say("connection", wordsForConnection(change), state === "closed" ? "bad" : "wait");
+  const mood = state === "closed" ? "bad" : "wait";
+  if (state !== "connecting") notices.say("connection", wordsForConnection(change), mood);
   return undefined;
 });
 

@@ -38,6 +38,8 @@ export class Door {
     this.byId("leave").hidden = true;
     this.byId("door").hidden = false;
     this.byId("words").hidden = true;
+    this.byId("connection").dataset.state = "closed";
+    this.byId("connection").textContent = "Needs a key";
     this.byId("door-reason").textContent = reason;
     this.byId("credential").focus();
   }

@@ -47,7 +47,7 @@ const LONGEST_SILENCE_MS = 8_000;
 /** The part of a token's time after which the next one is fetched. */
 const REFRESH_SHARE = 0.7;
 const REFRESH_RETRY_MS = 2_000;
-/** With more than this unsent, the network is behind: what would wait there for its turn waits here, as the newest only. */
+/** With more than this unsent the network is behind: requests wait here, where only the newest is kept. */
 const MAX_BUFFERED_BYTES = 8_192;
 const BUFFER_CHECK_MS = 20;
 
@@ -317,7 +317,8 @@ export class LiveClient extends EventTarget {
     const hasEndedToken = code === AUTH_CLOSE_CODE && canRenew;
     this.#drop();
     if (code === TOO_BIG_CLOSE_CODE) this.#newest = null;
-    if (FINAL_CLOSE_CODES.has(code) && !hasEndedToken) this.#setState("closed", { reason: reason || `code ${code}`, code });
+    const isFinal = FINAL_CLOSE_CODES.has(code) && !hasEndedToken;
+    if (isFinal) this.#setState("closed", { reason: reason || `code ${code}`, code });
     else if (code === IDLE_CLOSE_CODE && !this.#isWaitedFor) this.#rest(code);
     else this.#retry(reason, wishedPauseMs(reason), code);
   }

@@ -29,7 +29,8 @@ export async function fetchModels(headers) {
 export function firstModel({ cards, standard }, wanted) {
   const ready = cards.filter(({ ready }) => ready);
   const named = (/** @type {string} */ name) => ready.find(({ id }) => id === name);
-  return cards.find(({ id }) => id === wanted) ?? named(standard) ?? ready[0] ?? cards.find(({ id }) => id === standard) ?? cards[0];
+  const asked = cards.find(({ id }) => id === wanted);
+  return asked ?? named(standard) ?? ready[0] ?? cards.find(({ id }) => id === standard) ?? cards[0];
 }
 
 /**
@@ -40,7 +41,7 @@ export function firstModel({ cards, standard }, wanted) {
  * @param {string} chosen
  */
 export function listModels(box, cards, chosen) {
-  const option = ({ id, ready }) => {
+  const option = (/** @type {Card} */ { id, ready }) => {
     const made = new Option(ready ? id : `${id} (no worker)`, id, false, id === chosen);
     made.disabled = !ready;
     return made;

@@ -36,9 +36,10 @@ export class Plot {
     if (!this.latencies.length || !this.#size.width) return;
     const finals = this.latencies.map(({ final }) => final);
     const top = roof(Math.max(...finals));
-    const x = (/** @type {number} */ index) =>
-      EDGE_PIXELS + ((this.#size.width - LABEL_PIXELS - EDGE_PIXELS * 2) * index) / Math.max(1, SHOWN - 1);
-    const y = (/** @type {number} */ ms) => this.#size.height - EDGE_PIXELS - ((this.#size.height - 2 * EDGE_PIXELS) * ms) / top;
+    const wide = this.#size.width - LABEL_PIXELS - 2 * EDGE_PIXELS;
+    const high = this.#size.height - 2 * EDGE_PIXELS;
+    const x = (/** @type {number} */ index) => EDGE_PIXELS + (wide * index) / (SHOWN - 1);
+    const y = (/** @type {number} */ ms) => EDGE_PIXELS + high * (1 - ms / top);
     this.parts.final.setAttribute("d", dots(finals, x, y));
     this.parts.first.setAttribute("d", dots(this.latencies.map(({ first }) => first), x, y));
     this.#line("p50", y(percentile(finals, 0.5)));

@@ -113,7 +113,7 @@ export function negativeReason(guidance, card) {
  * @param {Wish} other
  */
 export function isSamePicture(one, other) {
-  const made = ({ /** @type {Wish} */ refine: _refine, ...rest }) => JSON.stringify(rest);
+  const made = (/** @type {Wish} */ wish) => JSON.stringify({ ...wish, refine: true });
   return made(one) === made(other);
 }
 

@@ -20,10 +20,9 @@ export class Settings {
   constructor(byId, onChange) {
     this.byId = byId;
     this.onChange = onChange;
-    for (const id of ["steps", "guidance", "negative"]) byId(id).addEventListener("input", (/** @type {Event} */ event) => this.#changed(event));
-    for (const id of ["size", "scheduler", "refine", "format", "grid"])
-      byId(id).addEventListener("change", (/** @type {Event} */ event) => this.#changed(event));
-    byId("loras").addEventListener("input", (/** @type {Event} */ event) => this.#changed(event));
+    const changed = (/** @type {Event} */ event) => this.#changed(event);
+    for (const id of ["steps", "guidance", "negative", "loras"]) byId(id).addEventListener("input", changed);
+    for (const id of ["size", "scheduler", "refine", "format", "grid"]) byId(id).addEventListener("change", changed);
     byId("seed").addEventListener("change", (/** @type {Event} */ event) => this.#readSeed(event));
     byId("lock").addEventListener("click", () => this.#lock(!this.isLocked));
     byId("new-seed").addEventListener("click", (/** @type {Event} */ event) => {
@@ -46,7 +45,12 @@ export class Settings {
     this.byId("seed").value = String(value);
   }
 
-  /** @param {1 | 2 | 3} columns */
+  get grid() {
+    const chosen = document.querySelector("[name=grid]:checked");
+    return /** @type {1 | 2 | 3} */ (Number(chosen?.getAttribute("value") ?? 1));
+  }
+
+  /** @param {1 | 2 | 3} columns pictures on each side */
   set grid(columns) {
     this.byId(`grid-${columns}`).checked = true;
   }
@@ -63,7 +67,8 @@ export class Settings {
    */
   use(card) {
     this.card = card;
-    for (const element of document.querySelectorAll("[data-needs-card]")) /** @type {HTMLElement} */ (element).hidden = !card;
+    for (const element of /** @type {NodeListOf<HTMLElement>} */ (document.querySelectorAll("[data-needs-card]")))
+      element.hidden = !card;
     if (!card) return this.#label();
     fill(this.byId("size"), card.sizes.map((size) => [size, size.replace("x", " × ")]), card.default_size);
     fill(this.byId("scheduler"), card.schedulers.map((name) => [name, name]), card.default_scheduler);
@@ -93,7 +98,7 @@ export class Settings {
       seed: this.seed,
       scheduler: card ? byId("scheduler").value : "",
       loras: this.#readLoras(),
-      grid: /** @type {1 | 2 | 3} */ (Number(document.querySelector("[name=grid]:checked")?.getAttribute("value") ?? 1)),
+      grid: this.grid,
       refine: byId("refine").checked,
       format: byId("format").value,
     };

@@ -44,9 +44,10 @@ export class Stage {
     return this.#cells.flatMap(({ picture }) => picture ?? []);
   }
 
-  /** Whether every cell has its picture, and none is a preview. */
+  /** Whether every cell has its picture of the newest request, and none is a preview. */
   get isComplete() {
-    return this.#cells.every(({ picture }) => picture?.header.type === "final");
+    const newest = Math.max(0, ...this.pictures.map(({ header }) => header.seq));
+    return this.#cells.every(({ picture }) => picture?.header.type === "final" && picture.header.seq === newest);
   }
 
   /**
@@ -114,7 +115,7 @@ export class Stage {
   #put(picture, bitmap, index) {
     const cell = this.#cells[index];
     if (!cell) return bitmap.close();
-    const isSharper = cell.picture?.header.seq === picture.header.seq && cell.picture.header.seed === picture.header.seed;
+    const isSharper = cell.picture?.header.seq === picture.header.seq;
     const hadRoom = cell.bitmap && cell.bitmap.width * bitmap.height === bitmap.width * cell.bitmap.height;
     const now = performance.now();
     cell.bitmap?.close();

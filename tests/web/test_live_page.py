@@ -333,6 +333,21 @@ def test_a_grid_fills_as_its_pictures_come(open_page: OpenPage) -> None:
     assert len(server.requests) == 1, "what is there isn't drawn again"
 
 
+def test_a_grid_is_no_whole_while_older_pictures_stand_in_it(open_page: OpenPage) -> None:
+    def answer(_: int, message: dict[str, Any], socket: WebSocketRoute) -> None:
+        for index in range(4 if message["seq"] == 1 else 3):
+            socket.send(picture(message["seq"], index + 1, "lime", index=index))
+
+    page = open_page(FakeServer(answer).prepare, state="#grid=2&refine=0")
+    page.keyboard.insert_text("tree")
+    shows_final(page, "4 pictures of tree")
+    page.keyboard.insert_text("s")
+    expect(page.locator("#stage")).to_have_attribute("data-seq", "2")
+    page.wait_for_timeout(200)
+    expect(page.locator("#stage")).to_have_attribute("data-state", "partial")
+    expect(page.locator("#picture")).to_have_attribute("aria-label", "4 pictures of tree")
+
+
 def test_a_thousand_pictures_leave_nothing_behind(open_page: OpenPage) -> None:
     def answer(_: int, message: dict[str, Any], socket: WebSocketRoute) -> None:
         for frame in range(1, NUM_FRAMES):
