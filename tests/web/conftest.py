@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
 
 CHROMIUM_VARIABLE = "PLAYWRIGHT_CHROMIUM"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -24,6 +24,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 TIMEOUT_MS = 30_000
+expect.set_options(timeout=TIMEOUT_MS)
 
 # Runs in the page before its own scripts; what it sees is in `window.seen`. `urls` and `bitmaps` are those that nobody
 # has released yet.

@@ -14,14 +14,10 @@ import numpy.typing as npt
 from PIL import Image
 from playwright.sync_api import Page, WebSocketRoute, expect
 
-from tests.web.conftest import TIMEOUT_MS
-
 PROMPT = "a red apple on a blue background"
 LIVE_URL = re.compile(r"/v1/live$")
 # Of two drawings of one request in half precision, see docs/performance.md.
 MAX_DIFFERENCE, MAX_MEAN_DIFFERENCE = 16, 1.0
-
-expect.set_options(timeout=TIMEOUT_MS)
 
 
 def shows_final(page: Page, prompt: str) -> None:

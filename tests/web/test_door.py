@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 from tests.web.test_live_token import Gateway, start_gateway
 
 gateway = start_gateway
+TTL_S = 10
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_key_opens_it_and_is_kept_in_this_tab_only(page: Page, gateway: Gatewa
 
 
 def test_a_live_token_opens_the_socket_without_the_list_of_models(page: Page, gateway: Gateway) -> None:
-    token = gateway.make_token(f"http://127.0.0.1:{gateway.port}").json()["token"]
+    token = gateway.make_token(f"http://127.0.0.1:{gateway.port}", TTL_S).json()["token"]
     enter(page, token)
     expect(page.locator("#connection")).to_have_text("Live")
     expect(page.get_by_label("Steps")).to_be_hidden()
