@@ -1,108 +1,119 @@
-/** The live page: wires the prompt box, LiveClient and the picture together. */
+/** The live page: conducts the prompt, the settings, the socket, the picture and what is remembered of it. */
 
-import { LiveClient, isNewer } from "./live.js";
+import { asCurl, asJavaScript, asPython, copyText, fileName, suffix } from "./copy.js";
+import { Door } from "./door.js";
+import { LiveClient } from "./live.js";
+import { fetchModels, firstModel, listModels } from "./models.js";
+import { Notices, wordsForConnection, wordsForError } from "./notices.js";
+import { Numbers, figuresOf } from "./numbers.js";
+import { isSamePicture, liveRequest, pictureFields } from "./request.js";
+import { Settings } from "./settings.js";
+import { Stage } from "./stage.js";
+import { Strip } from "./strip.js";
+import { readUrl, urlOf, writeUrl } from "./url.js";
 
 /** @typedef {import("./live.js").LivePicture} LivePicture */
-/** @typedef {{at: number, words: string}} Asked when the key was pressed, and for which words */
+/** @typedef {import("./request.js").Wish} Wish */
+/** @typedef {import("./request.js").Card} Card */
 
-const EXAMPLES_SHOWN = 6;
+/**
+ * A request under way: when the person acted, how long after that its first frame and its picture were shown, when its
+ * sharpening began.
+ *
+ * @typedef {{at: number, wish: Wish, firstMs: number | null, finalMs: number | null, refinedFrom: number}} Asked
+ */
+
+const IDEAS_SHOWN = 4;
 /** Longer prompts are set in smaller type. */
 const LONG_PROMPT_CHARS = 75;
 const MODELS_RETRY_MS = 2_000;
-/** A screen reader hears of a picture only after this pause in typing. */
-const SPEAK_AFTER_MS = 900;
-/** Small pictures are enlarged on the page, which shows JPEG's blocks; as PNG they cost next to nothing. */
-const PNG_UP_TO_PIXELS = 128 * 128;
-
-/** What each stage of the server's timings is called here, and what it is, in the order of their occurrence. */
-const STAGES = [
-  ["queue_ms", "Queue", "Waiting for a worker"],
-  ["text_ms", "Text", "Reading the prompt"],
-  ["denoise_ms", "Denoise", "All steps of the model"],
-  ["decode_ms", "Decode", "From the model's numbers to pixels; with a safety checker, its look at them"],
-  ["encode_ms", "Encode", "From pixels to a file"],
-  ["rest_ms", "Network", "Everything else: network, browser, screen"],
-];
-
-/**
- * Errors that pass by themselves, in plain words; others are shown as the server words them.
- *
- * @type {Record<string, string>}
- */
-const PASSING_ERRORS = {
-  queue_full: "Many people are drawing right now. Trying again…",
-  model_not_ready: "The model is still warming up. Trying again…",
-  queue_unavailable: "The service has lost its queue for a moment. Trying again…",
-  worker_lost: "That picture was lost with its worker. Trying again…",
-};
 const RETRY_AFTER_MS = 1_000;
+/** A picture that stood so long without newer words is worth keeping, and worth telling a screen reader of. */
+const REST_MS = 900;
+const SAID_FOR_MS = 4_000;
 
-/**
- * @template {HTMLElement} T
- * @param {string} id
- * @returns {T}
- */
-const byId = (id) => /** @type {T} */ (document.getElementById(id));
+/** @type {Record<import("./live.js").LiveState, string>} */
+const CONNECTION_WORDS = {
+  idle: "Ready",
+  connecting: "Connecting",
+  live: "Live",
+  waiting: "Reconnecting",
+  closed: "Disconnected",
+};
+
+/** @param {string} id @returns {any} */
+const byId = (id) => document.getElementById(id);
 
 const prompt = /** @type {HTMLTextAreaElement} */ (byId("prompt"));
-const seedBox = /** @type {HTMLInputElement} */ (byId("seed"));
-const lock = byId("lock");
 const modelBox = /** @type {HTMLSelectElement} */ (byId("model"));
-const stage = byId("stage");
-const canvas = /** @type {HTMLCanvasElement} */ (byId("picture"));
-const steps = /** @type {HTMLProgressElement} */ (byId("steps"));
-const download = /** @type {HTMLAnchorElement} */ (byId("download"));
+const door = new Door(byId);
+const notices = new Notices(byId("message"));
+const numbers = new Numbers(byId);
+const stage = new Stage(byId("stage"), byId("picture"));
+const strip = new Strip(byId("strip"), restore);
+const settings = new Settings(byId, generate);
+const live = new LiveClient(new URL("/v1/live", location.href.replace(/^http/, "ws")), {
+  token: door.credential || undefined,
+});
 
-const live = new LiveClient(new URL("/v1/live", location.href.replace(/^http/, "ws")));
-
-/** Ready models by name, as `/v1/models` tells them. @type {Map<string, any>} */
-const models = new Map();
-/** The seed that requests carry, so that it outlives a connection, which has one of its own. */
-let seed = 0;
 /** Requests under way, by `seq`. @type {Map<number, Asked>} */
 const asked = new Map();
-/** The picture on the page. @type {(LivePicture & {bitmap: ImageBitmap}) | null} */
-let shown = null;
 /** The newest request. */
 let newestSeq = 0;
+/** What the stage shows, once it is a picture. @type {import("./strip.js").Kept | null} */
+let current = null;
+/** @type {Map<string, Card>} */
+const models = new Map();
+/** The model that a person or a link asked for. */
+let wanted = readUrl().model ?? "";
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let retryTimer;
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let restTimer;
 
 // Words in
 
 /** @param {number} [at] when the person acted, on the page's clock */
 function generate(at = performance.now()) {
   clearTimeout(retryTimer);
+  clearTimeout(restTimer);
+  notices.say("request", "");
   prompt.classList.toggle("long", prompt.value.length > LONG_PROMPT_CHARS);
-  const words = prompt.value.trim();
-  if (!words) return forget();
-  if (!isLocked()) setSeed(randomSeed());
-  newestSeq = live.generate(request(words));
-  asked.set(newestSeq, { at, words });
+  if (!prompt.value.trim()) return forget();
+  settings.turn();
+  const wish = readWish();
+  writeUrl(wish);
+  if (!canDraw(wish.model)) return;
+  newestSeq = live.generate(/** @type {any} */ (liveRequest(wish, settings.card)));
+  asked.set(newestSeq, { at, wish, firstMs: null, finalMs: null, refinedFrom: 0 });
 }
 
-/** @param {string} words */
-function request(words) {
-  const model = models.get(modelBox.value);
-  const isSmall = model && pixels(model.default_size) <= PNG_UP_TO_PIXELS;
-  return {
-    prompt: words,
-    previews: true,
-    seed,
-    ...(model && { model: model.id }),
-    ...(isSmall && { output_format: "png" }),
-  };
-}
-
-/** @param {string} size as in "512x512" */
-function pixels(size) {
-  const [width, height] = size.split("x").map(Number);
-  return width * height;
+function readWish() {
+  return settings.read(prompt.value.trim(), modelBox.value);
 }
 
 /** An empty box asks for nothing. */
 function forget() {
   live.cancel();
   asked.clear();
-  say("");
+  writeUrl(readWish());
+}
+
+/**
+ * Whether some worker holds the model. Where none does, the list of models is asked until one has it.
+ *
+ * @param {string} model
+ */
+function canDraw(model) {
+  const card = models.get(model);
+  const isReady = !card || card.ready;
+  if (!isReady) loadModelsLater();
+  const isAlone = ![...models.values()].some(({ ready }) => ready);
+  const words = isAlone
+    ? "No worker is ready yet. Drawing begins as soon as one is."
+    : `No worker has ${model} loaded right now. Choose another model, or start a worker for it.`;
+  notices.say("models", isReady ? "" : words, isAlone ? "wait" : "bad");
+  return isReady;
 }
 
 /** @param {string} words */
@@ -114,7 +125,7 @@ function write(words) {
 
 // Pictures out
 
-live.on("picture", async (picture) => {
+live.on("picture", async (/** @type {LivePicture} */ picture) => {
   try {
     await show(picture);
   } finally {
@@ -122,227 +133,284 @@ live.on("picture", async (picture) => {
   }
 });
 
-/**
- * Decodes first and swaps then, between two frames of the screen: nothing flickers, and nothing older comes back.
- *
- * @param {LivePicture} picture
- */
+/** @param {LivePicture} picture */
 async function show(picture) {
-  const bitmap = await createImageBitmap(picture.image);
-  await nextScreenFrame();
-  if (!isNewer(picture, shown)) return bitmap.close();
-  shown?.bitmap.close();
-  shown = { ...picture, bitmap };
-  paint();
   const { header } = picture;
   const of = asked.get(header.seq);
-  canvas.setAttribute("aria-label", of?.words ?? prompt.value);
-  steps.max = header.num_inference_steps;
-  steps.value = header.step;
-  stage.dataset.state = header.type;
-  stage.dataset.seq = String(header.seq);
-  if (header.type === "final") finish(picture, of);
+  const columns = of?.wish.grid ?? 1;
+  if (!of || !(await stage.show(picture, columns))) return;
+  const shownAt = performance.now();
+  numbers.frame();
+  of.firstMs ??= shownAt - of.at;
+  showProgress(header);
+  if (header.type === "final") finish(picture, of, shownAt);
+}
+
+/** @param {import("./live.js").PictureHeader} header */
+function showProgress(header) {
+  const progress = byId("progress");
+  progress.max = header.num_inference_steps;
+  progress.value = header.step;
 }
 
 /**
  * @param {LivePicture} picture
- * @param {Asked | undefined} of
+ * @param {Asked} of
+ * @param {number} shownAt
  */
-function finish(picture, of) {
+function finish(picture, of, shownAt) {
   const { header } = picture;
-  if (header.seq === newestSeq) say("");
-  offerDownload(picture, of?.words ?? "picture");
-  if (!of) return;
-  const latencyMs = performance.now() - of.at;
-  showLatency(latencyMs, header.timings ?? {});
-  speakLater(`Picture of ${of.words}, after ${Math.round(latencyMs)} milliseconds`);
-  for (const seq of asked.keys()) if (seq <= header.seq) asked.delete(seq);
+  const figures = figuresOf(header, shownAt - (header.refined ? of.refinedFrom : of.at));
+  if (!header.refined && of.finalMs === null) {
+    of.finalMs = shownAt - of.at;
+    numbers.latency(of.firstMs, of.finalMs);
+  }
+  numbers.show(figures);
+  for (const seq of asked.keys()) if (seq < header.seq) asked.delete(seq);
+  if (!stage.isComplete) return;
+  present({ wish: of.wish, pictures: stage.pictures, columns: stage.columns, figures });
+  if (header.seq !== newestSeq) return;
+  notices.say("request", "");
+  clearTimeout(restTimer);
+  restTimer = setTimeout(() => rest(of.finalMs ?? shownAt - of.at), REST_MS);
 }
 
-/** A hidden page gets no screen frames, but its pictures still want their acknowledgement. */
-function nextScreenFrame() {
-  if (document.hidden) return Promise.resolve();
-  return new Promise((resolve) => requestAnimationFrame(resolve));
+/** What can be done with the picture on the stage. @param {import("./strip.js").Kept} kept */
+function present(kept) {
+  current = kept;
+  const { wish, columns } = kept;
+  const many = columns > 1 ? `${columns ** 2} pictures of ` : "";
+  byId("picture").setAttribute("aria-label", many + wish.prompt);
+  for (const button of /** @type {NodeListOf<HTMLButtonElement>} */ (document.querySelectorAll("#actions button")))
+    button.disabled = columns > 1 && button.dataset.single !== undefined;
+  offerChoice(kept);
 }
 
-/** Draws the picture as large as the stage, smoothly. */
-function paint() {
-  if (!shown) return;
-  const { bitmap } = shown;
-  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
-  const scale = Math.min(canvas.width / bitmap.width, canvas.height / bitmap.height);
-  const [width, height] = [bitmap.width * scale, bitmap.height * scale];
-  context.imageSmoothingEnabled = true;
-  context.imageSmoothingQuality = "high";
-  context.clearRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(bitmap, (canvas.width - width) / 2, (canvas.height - height) / 2, width, height);
+/** Nobody typed for a moment: the picture is kept, and told. @param {number} latencyMs */
+function rest(latencyMs) {
+  if (!current) return;
+  const newest = strip.newest;
+  strip.add(current, stage.canvas, newest !== null && isSamePicture(newest.wish, current.wish));
+  numbers.describe();
+  speak(`Picture of ${current.wish.prompt}, after ${Math.round(latencyMs)} milliseconds`);
 }
-
-new ResizeObserver(([{ contentRect }]) => {
-  const side = Math.round(contentRect.width * devicePixelRatio);
-  if (!side || side === canvas.width) return;
-  canvas.width = canvas.height = side;
-  paint();
-}).observe(canvas);
 
 /**
- * @param {LivePicture} picture
- * @param {string} words
+ * A grid's pictures are buttons: the one that is pressed becomes the picture.
+ *
+ * @param {import("./strip.js").Kept} kept
  */
-function offerDownload({ header, image }, words) {
-  if (download.href) URL.revokeObjectURL(download.href);
-  const name = words.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60).replace(/^-|-$/g, "");
-  download.href = URL.createObjectURL(image);
-  download.download = `${name || "picture"}-${header.seed}.${header.format === "jpeg" ? "jpg" : header.format}`;
-  download.removeAttribute("aria-disabled");
+function offerChoice({ pictures, columns }) {
+  const cells = byId("cells");
+  const count = columns === 1 ? 0 : pictures.length;
+  cells.hidden = count === 0;
+  cells.dataset.columns = String(columns);
+  const buttons = () => Array.from({ length: count }, (_, index) => cellButton(index));
+  if (cells.childElementCount !== count) cells.replaceChildren(...buttons());
+  for (const [index, button] of [...cells.children].entries())
+    button.setAttribute("aria-label", `Take picture ${index + 1} of ${count}, seed ${pictures[index].header.seed}`);
 }
 
-// Latency
+/** @param {number} index */
+function cellButton(index) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.addEventListener("click", () => {
+    if (!current) return;
+    const { wish, pictures, figures } = current;
+    const seed = pictures[index].header.seed;
+    restore({ wish: { ...wish, seed, grid: 1 }, pictures: [pictures[index]], columns: 1, figures });
+    prompt.focus();
+  });
+  return button;
+}
 
 /**
- * @param {number} latencyMs
- * @param {Record<string, number | number[]>} timings
+ * Back to a picture of before: what it was made of, and itself, without drawing it again. File format and sharpening
+ * stay as they are chosen now.
+ *
+ * @param {import("./strip.js").Kept} before
  */
-function showLatency(latencyMs, timings) {
-  byId("latency").textContent = latencyMs < 9.95 ? latencyMs.toFixed(1) : latencyMs.toFixed(0);
-  const total = Number(timings.total_ms ?? 0);
-  const decode_ms = Number(timings.decode_ms ?? 0) + Number(timings.check_ms ?? 0);
-  /** @type {Record<string, number | number[]>} */
-  const values = { ...timings, decode_ms, rest_ms: Math.max(0, latencyMs - total) };
-  for (const [key] of STAGES) {
-    const ms = Number(values[key] ?? 0);
-    byId(`bar-${key}`).style.flexGrow = String(ms);
-    byId(`stage-${key}`).textContent = `${ms < 9.95 ? ms.toFixed(1) : ms.toFixed(0)} ms`;
+async function restore(before) {
+  const { format, refine } = readWish();
+  const kept = { ...before, wish: { ...before.wish, format, refine } };
+  live.cancel();
+  clearTimeout(retryTimer);
+  clearTimeout(restTimer);
+  asked.clear();
+  notices.say("request", "");
+  writeWish(kept.wish);
+  writeUrl(kept.wish);
+  await stage.restore(kept.pictures, kept.columns, newestSeq);
+  numbers.show(kept.figures);
+  present(kept);
+}
+
+/** @param {Partial<Wish>} wish */
+function writeWish(wish) {
+  if (wish.prompt !== undefined) prompt.value = wish.prompt;
+  prompt.classList.toggle("long", prompt.value.length > LONG_PROMPT_CHARS);
+  if (wish.model && wish.model !== modelBox.value && models.has(wish.model)) {
+    modelBox.value = wanted = wish.model;
+    useModel(wish.model);
   }
+  const lost = settings.write(wish);
+  if (lost.length) tell(`Not as in the link: ${lost.join(", ")}.`, "bad");
 }
 
-/** The stages keep their places from the start, so that nothing moves when figures arrive. */
-function layOutStages() {
-  for (const [key, name, meaning] of STAGES) {
-    const part = document.createElement("i");
-    part.id = `bar-${key}`;
-    part.dataset.stage = key;
-    byId("bar").append(part);
+// What to do with a picture
 
-    const group = document.createElement("div");
-    const term = document.createElement("dt");
-    const value = document.createElement("dd");
-    group.dataset.stage = key;
-    group.title = meaning;
-    term.textContent = name;
-    value.id = `stage-${key}`;
-    value.textContent = "–";
-    group.append(term, value);
-    byId("stages").append(group);
-  }
+byId("download").addEventListener("click", async () => {
+  if (!current) return;
+  const { wish, pictures: [picture] } = current;
+  const file = await inFormat(picture.image, byId("format").value);
+  const url = URL.createObjectURL(file);
+  const link = Object.assign(document.createElement("a"), { href: url });
+  link.download = `${fileName(wish.prompt, picture.header.seed)}.${suffix(file.type.replace("image/", ""))}`;
+  link.click();
+  URL.revokeObjectURL(url);
+});
+
+/**
+ * Pictures come in the chosen format; one that came before the choice is written anew.
+ *
+ * @param {Blob} image
+ * @param {string} format empty: as it is
+ */
+async function inFormat(image, format) {
+  if (!format || image.type === `image/${format}`) return image;
+  const bitmap = await createImageBitmap(image);
+  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+  canvas.getContext("2d")?.drawImage(bitmap, 0, 0);
+  bitmap.close();
+  return canvas.convertToBlob({ type: `image/${format}`, quality: 0.92 });
 }
 
-// Seed
-
-const isLocked = () => lock.getAttribute("aria-pressed") === "true";
-const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
-
-/** @param {number} value */
-function setSeed(value) {
-  seed = value;
-  seedBox.value = String(value);
+byId("link").addEventListener("click", () => current && copy(location.origin + "/" + urlOf(current.wish), "The link"));
+for (const [id, write, what] of /** @type {[string, Function, string][]} */ ([
+  ["curl", asCurl, "The curl command"],
+  ["python", asPython, "The Python program"],
+  ["javascript", asJavaScript, "The JavaScript"],
+])) {
+  byId(id).addEventListener("click", () => {
+    if (!current) return;
+    const { wish, pictures: [{ header }] } = current;
+    const name = fileName(wish.prompt, header.seed);
+    const place = { origin: location.origin, hasKeys: door.credential !== "", name };
+    copy(write({ ...pictureFields(wish, settings.card), seed: header.seed }, place), what);
+  });
 }
 
-function readSeed() {
-  const digits = seedBox.value.replace(/\D/g, "");
-  seedBox.value = digits;
-  if (!digits || Number(digits) > Number.MAX_SAFE_INTEGER) return;
-  seed = Number(digits);
-  lock.setAttribute("aria-pressed", "true");
-  generate();
+/**
+ * @param {string} text
+ * @param {string} what
+ */
+async function copy(text, what) {
+  if (await copyText(text)) tell(`${what} is in the clipboard.`, "note");
+  else tell("The browser lets no page use the clipboard here.", "bad");
 }
 
 // Connection and errors
 
-/** @type {Record<import("./live.js").LiveState, string>} */
-const CONNECTION_WORDS = {
-  idle: "Ready",
-  connecting: "Connecting",
-  live: "Live",
-  waiting: "Reconnecting",
-  closed: "Disconnected",
-};
-
-live.on("state", (/** @type {{state: import("./live.js").LiveState, reason?: string}} */ { state, reason }) => {
+live.on("state", (change) => {
   const connection = byId("connection");
+  const { state, code, reason } = change;
   connection.dataset.state = state;
-  connection.textContent = CONNECTION_WORDS[state];
+  connection.textContent = CONNECTION_WORDS[/** @type {import("./live.js").LiveState} */ (state)];
   connection.title = reason ?? "";
-  if (state === "closed" && reason) say(`The server closed the connection: ${reason}`, "bad");
+  if (state === "closed" && code === 4401) return door.ask(`The service says: ${reason}`);
+  const mood = state === "closed" ? "bad" : "wait";
+  if (state !== "connecting") notices.say("connection", wordsForConnection(change), mood);
+  return undefined;
 });
 
-/** @type {ReturnType<typeof setTimeout> | undefined} */
-let retryTimer;
+live.on("queued", ({ seq, refined, warnings }) => {
+  const of = asked.get(seq);
+  if (of && refined) of.refinedFrom = performance.now();
+  if (seq === newestSeq) notices.say("warning", (warnings ?? []).join(" "), "note");
+});
+
+live.on("superseded", ({ refined }) => refined || numbers.superseded());
 
 live.on("error", ({ seq, error, retry_after_ms }) => {
   if (seq !== null && seq < newestSeq) return;
-  const passing = PASSING_ERRORS[error.code];
-  if (!passing && retry_after_ms === undefined) return say(error.message, "bad");
-  say(passing ?? error.message);
+  const { words, passes } = wordsForError(error, retry_after_ms, modelBox.value);
+  notices.say("request", words, passes ? "wait" : "bad");
+  if (!passes) return;
   const at = asked.get(newestSeq)?.at;
   retryTimer = setTimeout(() => generate(at), retry_after_ms ?? RETRY_AFTER_MS);
 });
 
 /**
+ * Says something that was done, for a while.
+ *
  * @param {string} words
- * @param {"wait" | "bad"} [mood] "wait" passes by itself, "bad" wants another prompt
+ * @param {import("./notices.js").Mood} mood
  */
-function say(words, mood = "wait") {
-  const message = byId("message");
-  message.dataset.mood = mood;
-  if (message.textContent !== words) message.textContent = words;
+function tell(words, mood) {
+  notices.say("done", words, mood);
+  setTimeout(() => notices.say("done", ""), SAID_FOR_MS);
 }
 
-/** @type {ReturnType<typeof setTimeout> | undefined} */
-let speakTimer;
-
 /** @param {string} words */
-function speakLater(words) {
-  clearTimeout(speakTimer);
-  speakTimer = setTimeout(() => (byId("spoken").textContent = words), SPEAK_AFTER_MS);
+function speak(words) {
+  byId("spoken").textContent = words;
 }
 
 // Models
 
-/** Asks until a model is ready: a service that still warms up says so. */
+/** Asks until the chosen model is ready: a service that still warms up says so. */
 async function loadModels() {
-  const { ready, standard } = await readyModels();
-  if (!ready.length) {
-    say("The model is warming up…");
-    setTimeout(loadModels, MODELS_RETRY_MS);
-    return;
-  }
-  say("");
-  for (const model of ready) {
-    models.set(model.id, model);
-    modelBox.add(new Option(model.id, model.id, false, model.id === standard));
-  }
-  byId("model-field").hidden = ready.length < 2;
-  applyModel();
+  const list = await fetchModels(door.headers);
+  if (list.status === 401) return door.ask(door.credential && "The service doesn't know this key.");
+  const card = firstModel(list, wanted);
+  if (!card) return loadModelsLater();
+  const isFirst = models.size === 0;
+  for (const model of list.cards) models.set(model.id, model);
+  listModels(modelBox, list.cards, card.id);
+  if (isFirst) start(card);
+  else if (card.id !== settings.card?.id) useModel(card.id);
   if (prompt.value.trim()) generate();
+  else canDraw(card.id);
+  return undefined;
 }
 
-async function readyModels() {
-  try {
-    const response = await fetch("/v1/models");
-    const list = await response.json();
-    return { ready: list.data.filter((/** @type {any} */ model) => model.ready), standard: list.default };
-  } catch {
-    return { ready: [] };
-  }
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let modelsTimer;
+
+function loadModelsLater() {
+  clearTimeout(modelsTimer);
+  modelsTimer = setTimeout(loadModels, MODELS_RETRY_MS);
 }
 
-function applyModel() {
-  const model = models.get(modelBox.value);
-  if (model.max_prompt_chars) prompt.maxLength = model.max_prompt_chars;
-  const ideas = (model.example_prompts ?? []).slice(0, EXAMPLES_SHOWN);
-  byId("ideas").replaceChildren(...ideas.map(ideaButton));
+/** @param {Card | null} card null for a page with a live token, which may not read the list */
+function start(card) {
+  if (card) useModel(card.id);
+  else settings.use(null);
+  const said = readUrl();
+  writeWish(said);
+  if (card && said.model && said.model !== card.id) tell(`Not as in the link: there is no model ${said.model}.`, "bad");
+  document.body.dataset.ready = "true";
+}
+
+/** @param {string} name */
+function useModel(name) {
+  const card = /** @type {Card} */ (models.get(name));
+  if (card.max_prompt_chars) prompt.maxLength = card.max_prompt_chars;
+  settings.use(card);
+  offerIdeas(card.example_prompts ?? []);
+}
+
+/**
+ * The first of them, and behind a button the rest.
+ *
+ * @param {string[]} ideas
+ */
+function offerIdeas(ideas) {
   byId("ideas").hidden = !ideas.length;
+  byId("ideas-list").replaceChildren(...ideas.slice(0, IDEAS_SHOWN).map(ideaButton));
+  byId("more-ideas").hidden = ideas.length <= IDEAS_SHOWN;
+  byId("more-ideas").onclick = () => offerIdeas([...ideas.slice(IDEAS_SHOWN), ...ideas.slice(0, IDEAS_SHOWN)]);
 }
 
 /** @param {string} words */
@@ -362,20 +430,27 @@ prompt.addEventListener("keydown", (event) => {
   event.preventDefault();
   generate();
 });
-byId("form").addEventListener("submit", (event) => event.preventDefault());
-modelBox.addEventListener("change", () => {
-  applyModel();
-  generate();
+byId("words").addEventListener("submit", (/** @type {Event} */ event) => event.preventDefault());
+modelBox.addEventListener("change", ({ timeStamp }) => {
+  wanted = modelBox.value;
+  useModel(modelBox.value);
+  generate(timeStamp);
 });
-seedBox.addEventListener("change", readSeed);
-lock.addEventListener("click", () => lock.setAttribute("aria-pressed", String(!isLocked())));
-byId("new-seed").addEventListener("click", () => {
-  setSeed(randomSeed());
+addEventListener("hashchange", () => {
+  writeWish(readUrl());
   generate();
 });
 addEventListener("online", () => live.connect());
 
-layOutStages();
-setSeed(randomSeed());
-live.connect();
-loadModels();
+/** A page with a live token draws by the service's own choices: the token opens the live socket and nothing else. */
+function startWithToken() {
+  start(null);
+  live.connect();
+  if (prompt.value.trim()) generate();
+}
+
+if (door.isToken) startWithToken();
+else {
+  await loadModels();
+  if (byId("door").hidden) live.connect();
+}

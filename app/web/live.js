@@ -19,6 +19,8 @@
  * const live = new LiveClient("wss://example.org/v1/live", { token });
  * ```
  *
+ * A string instead of a function is one token for good: once it has ended, so has the connection.
+ *
  * Call `generate` at every change: the server draws the newest words and drops what they replace. The client
  * reconnects by itself and then sends its newest unfinished request again. docs/live-protocol.md has every frame.
  *
@@ -45,6 +47,9 @@ const LONGEST_SILENCE_MS = 8_000;
 /** The part of a token's time after which the next one is fetched. */
 const REFRESH_SHARE = 0.7;
 const REFRESH_RETRY_MS = 2_000;
+/** With more than this unsent the network is behind: requests wait here, where only the newest is kept. */
+const MAX_BUFFERED_BYTES = 8_192;
+const BUFFER_CHECK_MS = 20;
 
 /**
  * What to draw: the fields of `POST /v1/generations`, and `refine`.
@@ -54,6 +59,7 @@ const REFRESH_RETRY_MS = 2_000;
  * @property {string} [model]
  * @property {number} [seed] without one, the connection keeps the seed that `ready` told
  * @property {boolean} [previews]
+ * @property {number} [num_images]
  * @property {{after_ms?: number, num_inference_steps?: number, decoder?: string}} [refine]
  */
 
@@ -70,6 +76,7 @@ const REFRESH_RETRY_MS = 2_000;
  * @property {string} format "jpeg", "webp" or "png"
  * @property {number} width
  * @property {number} height
+ * @property {boolean} refined the better picture after a pause
  * @property {Record<string, number | number[]>} [timings] milliseconds; with the final
  */
 
@@ -85,6 +92,14 @@ const REFRESH_RETRY_MS = 2_000;
  * @returns {string | Promise<string>} a fresh live token
  */
 
+/**
+ * @typedef {object} Pending a request, until all its pictures have come
+ * @property {number} seq
+ * @property {LiveRequest} request
+ * @property {Set<number>} finals indices of the pictures that came
+ * @property {Set<number>} refined indices of the better ones
+ */
+
 /** @typedef {"idle" | "connecting" | "live" | "waiting" | "closed"} LiveState */
 
 /**
@@ -92,7 +107,7 @@ const REFRESH_RETRY_MS = 2_000;
  *
  * | type | what the listener gets |
  * | --- | --- |
- * | `state` | `{state, retryInMs?, reason?}`, at every change of `state` |
+ * | `state` | `{state, retryInMs?, reason?, code?}`, at every change of `state`; `code` is the close code |
  * | `ready`, `authenticated`, `queued`, `superseded`, `cancelled`, `error` | the server's frame |
  * | `picture` | `LivePicture`; answer with `ack(picture)` once it is shown or dropped |
  */
@@ -105,14 +120,16 @@ export class LiveClient extends EventTarget {
   #socket = null;
   #connection = 0;
   #seq = 0;
-  /** The newest request, until it has ended. @type {{seq: number, request: LiveRequest} | null} */
+  /** The newest request, until it has ended. @type {Pending | null} */
   #newest = null;
   #failures = 0;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #retryTimer;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #silenceTimer;
-  /** @type {TokenSource | undefined} */
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #bufferTimer;
+  /** @type {TokenSource | string | undefined} */
   #tokenSource;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #refreshTimer;
@@ -121,7 +138,7 @@ export class LiveClient extends EventTarget {
 
   /**
    * @param {string | URL} url of `/v1/live`, with `ws:` or `wss:`
-   * @param {{token?: TokenSource}} [options]
+   * @param {{token?: TokenSource | string}} [options]
    */
   constructor(url, { token } = {}) {
     super();
@@ -141,7 +158,8 @@ export class LiveClient extends EventTarget {
   connect() {
     if (this.#socket || this.#opening) return;
     clearTimeout(this.#retryTimer);
-    if (this.#tokenSource) this.#openWithToken(this.#tokenSource);
+    if (typeof this.#tokenSource === "string") this.#open([SUBPROTOCOL, AUTH_PREFIX + this.#tokenSource]);
+    else if (this.#tokenSource) this.#openWithToken(this.#tokenSource);
     else this.#open([SUBPROTOCOL]);
   }
 
@@ -185,7 +203,7 @@ export class LiveClient extends EventTarget {
    * @returns {number} its `seq`
    */
   generate(request) {
-    this.#newest = { seq: ++this.#seq, request };
+    this.#newest = { seq: ++this.#seq, request, finals: new Set(), refined: new Set() };
     if (this.state === "live") this.#sendNewest();
     else if (this.state !== "waiting") this.connect();
     return this.#seq;
@@ -212,7 +230,12 @@ export class LiveClient extends EventTarget {
   }
 
   #sendNewest() {
-    if (!this.#newest) return;
+    clearTimeout(this.#bufferTimer);
+    if (!this.#newest || !this.#socket) return;
+    if (this.#socket.bufferedAmount > MAX_BUFFERED_BYTES) {
+      this.#bufferTimer = setTimeout(() => this.#sendNewest(), BUFFER_CHECK_MS);
+      return;
+    }
     this.#send({ type: "generate", seq: this.#newest.seq, ...this.#newest.request });
     this.#expectAnswer();
   }
@@ -236,7 +259,7 @@ export class LiveClient extends EventTarget {
   /** @param {ArrayBuffer} data */
   #receivePicture(data) {
     const picture = parsePicture(data);
-    if (picture.header.type === "final") this.#ended(picture.header.seq);
+    if (picture.header.type === "final") this.#arrived(picture.header);
     this.#emit("picture", { ...picture, connection: this.#connection });
   }
 
@@ -249,19 +272,38 @@ export class LiveClient extends EventTarget {
   /** @param {number | null} [expiresInS] null: nothing ends by itself */
   #refreshLater(expiresInS) {
     clearTimeout(this.#refreshTimer);
-    if (!this.#tokenSource || !expiresInS) return;
+    if (typeof this.#tokenSource !== "function" || !expiresInS) return;
     this.#refreshTimer = setTimeout(() => this.#refresh(), expiresInS * 1000 * REFRESH_SHARE);
   }
 
   /** A fresh token over the open connection. Where none comes in time, the server closes and a new try begins. */
   async #refresh() {
     const socket = this.#socket;
+    const source = /** @type {TokenSource} */ (this.#tokenSource);
     try {
-      const token = await this.#tokenSource?.();
+      const token = await source();
       if (socket && this.#socket === socket) this.#send({ type: "auth", token });
     } catch {
       if (socket && this.#socket === socket) this.#refreshTimer = setTimeout(() => this.#refresh(), REFRESH_RETRY_MS);
     }
+  }
+
+  /**
+   * A request that is to be refined is over when its better pictures have come.
+   *
+   * @param {PictureHeader} header
+   */
+  #arrived({ seq, index, refined }) {
+    if (this.#newest?.seq !== seq) return;
+    const { request, ...came } = this.#newest;
+    (refined ? came.refined : came.finals).add(index);
+    const wanted = request.refine ? came.refined : came.finals;
+    if (wanted.size >= (request.num_images ?? 1)) this.#newest = null;
+  }
+
+  /** Whether somebody still waits for a picture. A better one that the server leaves out is no reason to come back. */
+  get #isWaitedFor() {
+    return this.#newest !== null && this.#newest.finals.size < (this.#newest.request.num_images ?? 1);
   }
 
   /** @param {number} seq */
@@ -271,12 +313,20 @@ export class LiveClient extends EventTarget {
 
   /** @param {CloseEvent} event */
   #closed({ code, reason }) {
-    const hasEndedToken = code === AUTH_CLOSE_CODE && this.#tokenSource && this.state === "live";
+    const canRenew = typeof this.#tokenSource === "function" && this.state === "live";
+    const hasEndedToken = code === AUTH_CLOSE_CODE && canRenew;
     this.#drop();
     if (code === TOO_BIG_CLOSE_CODE) this.#newest = null;
-    if (FINAL_CLOSE_CODES.has(code) && !hasEndedToken) this.#setState("closed", { reason: reason || `code ${code}` });
-    else if (code === IDLE_CLOSE_CODE && !this.#newest) this.#setState("idle");
-    else this.#retry(reason, wishedPauseMs(reason));
+    const isFinal = FINAL_CLOSE_CODES.has(code) && !hasEndedToken;
+    if (isFinal) this.#setState("closed", { reason: reason || `code ${code}`, code });
+    else if (code === IDLE_CLOSE_CODE && !this.#isWaitedFor) this.#rest(code);
+    else this.#retry(reason, wishedPauseMs(reason), code);
+  }
+
+  /** @param {number} code */
+  #rest(code) {
+    this.#newest = null;
+    this.#setState("idle", { code });
   }
 
   /** @param {string} reason */
@@ -288,17 +338,19 @@ export class LiveClient extends EventTarget {
   /**
    * @param {string} reason
    * @param {number} [atLeastMs]
+   * @param {number} [code]
    */
-  #retry(reason, atLeastMs = 0) {
+  #retry(reason, atLeastMs = 0, code = undefined) {
     const retryInMs = Math.max(atLeastMs, backoffMs(this.#failures++));
     this.#retryTimer = setTimeout(() => this.connect(), retryInMs);
-    this.#setState("waiting", { retryInMs, reason });
+    this.#setState("waiting", { retryInMs, reason, code });
   }
 
   #drop() {
     clearTimeout(this.#retryTimer);
     clearTimeout(this.#silenceTimer);
     clearTimeout(this.#refreshTimer);
+    clearTimeout(this.#bufferTimer);
     this.#opening = null;
     const socket = this.#socket;
     this.#socket = null;
@@ -307,7 +359,7 @@ export class LiveClient extends EventTarget {
 
   /**
    * @param {LiveState} state
-   * @param {{retryInMs?: number, reason?: string}} [more]
+   * @param {{retryInMs?: number, reason?: string, code?: number}} [more]
    */
   #setState(state, more = {}) {
     this.state = state;
@@ -336,7 +388,8 @@ export function parsePicture(data) {
 }
 
 /**
- * Whether one picture may take the place of another: it answers a later request, or came later for the same one.
+ * Whether one picture may take the place of another: it answers a later request, or came later for the same one. After
+ * a reconnect a request is drawn again: its previews don't take the place of its picture.
  *
  * @param {LivePicture} picture
  * @param {LivePicture | null} shown
@@ -344,6 +397,7 @@ export function parsePicture(data) {
 export function isNewer(picture, shown) {
   if (!shown) return true;
   if (picture.header.seq !== shown.header.seq) return picture.header.seq > shown.header.seq;
+  if (picture.header.type === "preview" && shown.header.type === "final") return false;
   if (picture.connection !== shown.connection) return picture.connection > shown.connection;
   return picture.header.frame > shown.header.frame;
 }

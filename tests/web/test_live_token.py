@@ -47,8 +47,8 @@ class Gateway:
                 time.sleep(0.1)
         raise AssertionError("the gateway didn't start")
 
-    def make_token(self, origin: str) -> httpx.Response:
-        body = {"origin": origin, "ttl_s": TTL_S}
+    def make_token(self, origin: str, ttl_s: int = TTL_S) -> httpx.Response:
+        body = {"origin": origin, "ttl_s": ttl_s}
         url = f"http://127.0.0.1:{self.port}/v1/live/tokens"
         return httpx.post(url, json=body, headers={"Authorization": f"Bearer {self.key}"})
 
@@ -94,8 +94,8 @@ CONNECT = """async (url) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Gateway]:
+@pytest.fixture(scope="module", name="gateway")
+def start_gateway(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Gateway]:
     gateway = Gateway(tmp_path_factory.mktemp("gateway"), redis_url)
     try:
         gateway.wait_until_alive()

@@ -1,0 +1,52 @@
+/** The models of the service, as `/v1/models` tells them. */
+
+/** @typedef {import("./request.js").Card} Card */
+
+/** @typedef {{cards: Card[], standard: string, status: number}} ModelList `status` 0: no answer */
+
+/**
+ * @param {Record<string, string>} headers
+ * @returns {Promise<ModelList>}
+ */
+export async function fetchModels(headers) {
+  try {
+    const response = await fetch("/v1/models", { headers });
+    if (!response.ok) return { cards: [], standard: "", status: response.status };
+    const list = await response.json();
+    return { cards: list.data, standard: list.default, status: response.status };
+  } catch {
+    return { cards: [], standard: "", status: 0 };
+  }
+}
+
+/**
+ * The model to begin with: the one asked for, else the service's default, else any that is ready, else any.
+ *
+ * @param {ModelList} list
+ * @param {string} wanted
+ * @returns {Card | undefined}
+ */
+export function firstModel({ cards, standard }, wanted) {
+  const ready = cards.filter(({ ready }) => ready);
+  const named = (/** @type {string} */ name) => ready.find(({ id }) => id === name);
+  const asked = cards.find(({ id }) => id === wanted);
+  return asked ?? named(standard) ?? ready[0] ?? cards.find(({ id }) => id === standard) ?? cards[0];
+}
+
+/**
+ * Ready models first; those without a worker can be seen and not chosen.
+ *
+ * @param {HTMLSelectElement} box
+ * @param {Card[]} cards
+ * @param {string} chosen
+ */
+export function listModels(box, cards, chosen) {
+  const option = (/** @type {Card} */ { id, ready }) => {
+    const made = new Option(ready ? id : `${id} (no worker)`, id, false, id === chosen);
+    made.disabled = !ready;
+    return made;
+  };
+  const sorted = [...cards].sort((one, other) => Number(other.ready) - Number(one.ready));
+  box.replaceChildren(...sorted.map(option));
+  box.value = chosen;
+}
