@@ -39,7 +39,6 @@ from models.tracing import Traced
 
 TOUCHED = ("to_q", "to_k", "to_v", "to_out.0", "proj", "ff.net.2")
 NUM_LORAS = 2
-NUM_TIME_IDS = 6
 MID_UNET = SDXL_UNET | {
     "block_out_channels": (128, 256, 512),
     "attention_head_dim": (2, 4, 8),
