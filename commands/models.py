@@ -34,13 +34,14 @@ def list_models() -> None:
     from models.hub.inventory import holdings_of
 
     settings, catalog, _ = _load()
+    with _source_errors():
+        held = {name: holdings_of(spec, settings.lock_file) for name, spec in catalog.items()}
     columns = [Column(heading, no_wrap=True) for heading in ("name", "family", "steps")]
     others = [Column(heading, overflow="fold") for heading in ("sizes", "files", "tested with", "licence")]
     table = Table(*columns, *others, box=None, pad_edge=False)
     for spec in catalog.values():
-        state = _state(holdings_of(spec, settings.lock_file))
         tested_with = spec.tested_with.removesuffix(" weights")
-        table.add_row(spec.name, spec.family, _steps(spec), _few_sizes(spec), state, tested_with, spec.license)
+        table.add_row(spec.name, spec.family, _steps(spec), _few_sizes(spec), _state(held[spec.name]), tested_with, spec.license)
     output().print(table)
 
 

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 from commands.console import configure_logging, console, fail, format_bytes, say
 from models.catalog import ModelSpec
 from models.hub.cache import free_bytes
-from models.hub.lockfile import Lock, lock_key, read_lock, write_lock
+from models.hub.lockfile import Lock, check_writable, lock_key, read_lock, write_lock
 from models.hub.needs import Need, needs_of
 from models.hub.pull import Planner, Progress, Wanted, fetch
 from models.sources import local_path, locate
@@ -33,6 +33,7 @@ def pull_models(specs: list[ModelSpec], catalog: list[ModelSpec], lock_file: Pat
     if not console.is_terminal:
         configure_logging()
     lock = read_lock(lock_file)
+    check_writable(lock_file)
     with console.status("asking the Hub what there is"):
         plan = Planner(lock, update).plan_all(need for spec in specs for need in _hub_needs(spec))
     for spec in specs:

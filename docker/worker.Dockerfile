@@ -8,8 +8,9 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# Weights from the Hugging Face Hub land in a volume and survive the container.
-ENV HF_HOME=/var/cache/huggingface
+# Weights from the Hugging Face Hub land in a volume and survive the container, and so does what was pulled when.
+ENV HF_HOME=/var/cache/huggingface \
+    FEWSTEP_LOCK_FILE=/var/cache/huggingface/fewstep.lock
 RUN useradd --uid 10001 --create-home fewstep \
     && install -d -o fewstep -g fewstep "$HF_HOME"
 VOLUME /var/cache/huggingface

@@ -338,6 +338,13 @@ def test_a_disk_that_is_too_small(desk: Desk) -> None:
     assert UNET not in desk.hub.sent
 
 
+def test_a_lock_file_that_cant_be_written_is_said_before_anything_comes(desk: Desk) -> None:
+    nowhere = str(desk.root / "nowhere" / "fewstep.lock")
+    result = desk.models("pull", "big", FEWSTEP_LOCK_FILE=nowhere)
+    assert_one_clear_line(result, "can't write the lock file", nowhere, "FEWSTEP_LOCK_FILE", status=1)
+    assert desk.hub.requests == []
+
+
 @pytest.mark.parametrize(("note", "is_loud"), [("research and non-commercial use only", True), ("be kind", False)])
 def test_the_licence_is_said_before_anything_comes(desk: Desk, note: str, is_loud: bool) -> None:
     desk.write_catalog(write_entry("big", extra=f'license_note = "{note}"\nlicense_url = "https://acme.org/terms"'))
@@ -405,6 +412,14 @@ def test_list_and_show_say_what_is_here(desk: Desk) -> None:
     desk.files("acme/lora")[LORA].unlink()
     assert "partly here" in desk.models("list").stdout
     assert f"{LORA}  300.0 kB  not here" in desk.models("show", "big").stdout
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["show", "big"], ["remove", "big"]])
+def test_a_damaged_lock_file_hides_nothing(desk: Desk, arguments: list[str]) -> None:
+    desk.write_catalog(write_entry("big"), write_entry("other"))
+    desk.pull("big")
+    desk.lock_file.write_text("{", encoding="utf-8")
+    assert_one_clear_line(desk.models(*arguments), str(desk.lock_file), "Invalid JSON", status=1)
 
 
 def test_remove_keeps_what_another_entry_needs(desk: Desk) -> None:

@@ -37,6 +37,11 @@ class WorkerSettings(SharedSettings):
         """The most important one first."""
         return list(dict.fromkeys(name.strip() for name in self.models.split(",") if name.strip()))
 
+    @field_validator("lock_file", mode="before")
+    @classmethod
+    def _no_name_is_the_usual_one(cls, value: object) -> object:
+        return LOCK_FILE if value == "" else value
+
     @field_validator("memory_gib", mode="before")
     @classmethod
     def _nothing_is_none(cls, value: object) -> object:

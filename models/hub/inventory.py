@@ -8,7 +8,7 @@ from pathlib import Path
 
 from models.catalog import ModelSpec
 from models.hub.cache import Snapshot, cached_commit, delete, delete_partial, snapshots_of
-from models.hub.lockfile import Lock, lock_key
+from models.hub.lockfile import Lock, lock_key, read_lock
 from models.hub.needs import Need, needs_of, select
 from models.sources import Place, SourceError, local_path, locate
 
@@ -36,6 +36,8 @@ class HeldFile:
 
 
 def holdings_of(spec: ModelSpec, lock_file: Path) -> list[Holding]:
+    """Raises SourceError for a damaged lock file, which would make everything look as if it weren't here."""
+    read_lock(lock_file)
     return [_look(spec, need, lock_file) for need in needs_of(spec)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,6 +70,15 @@ def read_lock(path: Path) -> Lock:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise SourceError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises SourceError where `write_lock` would."""
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise SourceError(
+            f"can't write the lock file {path}: its folder isn't there or isn't yours to write; FEWSTEP_LOCK_FILE"
+            " names another"
+        )
 
 
 def write_lock(path: Path, lock: Lock) -> None:
