@@ -49,6 +49,9 @@ class ClassNames:
     def __len__(self) -> int:
         return len(self._lines)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ClassNames) and self._lines == other._lines
+
     def names(self, number: int) -> list[str]:
         """Of one class, the usual one first."""
         return self._lines[number]

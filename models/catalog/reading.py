@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,15 +33,18 @@ class UnknownModelError(CatalogError):
 def load_catalog(path: Path = CATALOG_PATH, extra: Path | None = None) -> dict[str, ModelSpec]:
     """All entries by name: those of `path`, then those of the user's own file `extra`, which may replace some.
 
+    A LoRA goes with the entries of its own file and of those before it, not with what a later file puts in their place.
     Raises CatalogError.
     """
     models: dict[str, ModelSpec] = {}
     loras: dict[str, StyleLora] = {}
     for file in (path,) if extra is None else (path, extra):
         tables = _read(file)
-        loras |= _parse_all(file, f"{LORAS}.", StyleLora, _check_tables(file, LORAS, tables.pop(LORAS, {})))
-        models |= _parse_all(file, "", ModelSpec, _check_tables(file, "", tables))
-        _check_lora_models(file, loras, models)
+        own_loras = _parse_all(file, f"{LORAS}.", StyleLora, _check_tables(file, LORAS, tables.pop(LORAS, {})))
+        own_models = _parse_all(file, "", ModelSpec, _check_tables(file, "", tables))
+        models |= own_models
+        _check_lora_models(file, own_loras, models)
+        loras = _made_for_others(loras, own_models) | own_loras
     return {name: _with_loras(spec, loras) for name, spec in models.items()}
 
 
@@ -101,6 +104,12 @@ def _check_lora_models(path: Path, loras: Mapping[str, StyleLora], models: Mappi
             raise CatalogError(
                 f"{path}: [{LORAS}.{name}] models: {unfit[0]} is a consistency model, which takes no LoRA"
             )
+
+
+def _made_for_others(loras: Mapping[str, StyleLora], models: Collection[str]) -> dict[str, StyleLora]:
+    """Without `models`, whose weights are others now."""
+    left = {name: [model for model in lora.models if model not in models] for name, lora in loras.items()}
+    return {name: lora.model_copy(update={"models": left[name]}) for name, lora in loras.items()}
 
 
 def _with_loras(spec: ModelSpec, loras: Mapping[str, StyleLora]) -> ModelSpec:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from datetime import date
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -169,6 +169,7 @@ class ModelSpec(_Entry):
     example_prompts: list[str] = []
     deprecated: date | None = None
     sunset: date | None = None
+    _class_names: ClassNames | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -188,6 +189,7 @@ class ModelSpec(_Entry):
             raise ValueError(f"classes: the consistency family needs it and no other has it; family is {self.family}")
         if self.family == "consistency":
             self._check_consistency()
+        self._read_classes()
         num_rows = self.num_rows(self.max_num_images, self.guidance_scale.max)
         if num_rows > self.max_batch_size:
             raise ValueError(
@@ -202,12 +204,21 @@ class ModelSpec(_Entry):
             raise ValueError(f"guidance: the consistency family has none, got {self.guidance}")
         if unused := [key for key in ("vae", "tiny_vae", "lora") if getattr(self, key) is not None]:
             raise ValueError(f"{unused[0]}: the consistency family has no use for it")
-        assert self.class_names  # whose file is read now, so that its errors come now
 
-    @cached_property
+    def _read_classes(self) -> None:
+        self._class_names = None if self.classes is None else load_classes(self.classes)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Where `update` names other classes they are read. Raises ClassFileError."""
+        copy = super().model_copy(update=update, deep=deep)
+        if update and "classes" in update:
+            copy._read_classes()
+        return copy
+
+    @property
     def class_names(self) -> ClassNames | None:
-        """What prompts may name, for a class-conditional model."""
-        return None if self.classes is None else load_classes(self.classes)
+        """What prompts may name, for a class-conditional model: as its file was when the entry was read."""
+        return self._class_names
 
     @property
     def default_size(self) -> Size:

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from models.catalog import CATALOG_PATH, CatalogError, ModelSpec, UnknownModelError, get_spec, load_catalog
+from models.hub.needs import needs_of
+from models.sources import locate
 from tests.small_models import write_catalog
 
 MINIMAL = """
@@ -94,6 +96,17 @@ def test_a_class_conditional_model_knows_its_classes(tmp_path: Path) -> None:
     assert load_catalog(write(tmp_path, MINIMAL))["small"].class_names is None
 
 
+def test_a_copy_has_the_classes_that_it_names(tmp_path: Path) -> None:
+    spec = load_catalog(write(tmp_path, CONSISTENCY))["small"]
+    digits = tmp_path / "digits.txt"
+    digits.write_text("zero\none\n", encoding="utf-8")
+    names = spec.model_copy(update={"classes": str(digits)}).class_names
+    assert names is not None
+    assert names.find("one") == 1
+    assert set(dict(spec)) == set(ModelSpec.model_fields)
+    assert load_catalog(write(tmp_path, CONSISTENCY))["small"] == spec
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -162,6 +175,19 @@ def test_a_users_own_file_adds_and_replaces(tmp_path: Path) -> None:
         load_catalog(base, extra)
 
 
+def test_a_style_lora_does_not_go_with_what_replaces_its_model(tmp_path: Path) -> None:
+    base = write(tmp_path, MINIMAL + MINIMAL.replace("[small]", "[other]") + LORA.replace('"small"', '"small", "other"'))
+    extra = tmp_path / "own.toml"
+    extra.write_text(CONSISTENCY, encoding="utf-8")
+    catalog = load_catalog(base, extra)
+    assert (list(catalog["small"].loras), list(catalog["other"].loras)) == ([], ["ink"])
+    extra.write_text(MINIMAL + LORA.replace("ink", "own"), encoding="utf-8")
+    assert list(load_catalog(base, extra)["small"].loras) == ["own"]
+    extra.write_text(LORA.replace('"small"', '"big"'), encoding="utf-8")
+    with pytest.raises(CatalogError, match=r"own\.toml: \[loras.ink\] models: unknown model 'big'"):
+        load_catalog(base, extra)
+
+
 def test_a_written_catalog_reads_back_as_it_was(tmp_path: Path) -> None:
     """What the tests of other parts rely on."""
     specs = load_catalog() | load_catalog(write(tmp_path, MINIMAL + LORA))
@@ -198,6 +224,12 @@ def ranges(spec: ModelSpec) -> tuple[float, float, float]:
 
 def test_every_system_has_its_entry() -> None:
     assert {*LCM_LORAS, *FULL_LCMS, *TURBOS, "cm-imagenet64"} == set(PUBLISHED)
+
+
+def test_what_is_bundled_is_there() -> None:
+    needs = [need for spec in SHIPPED.values() for need in needs_of(spec) if need.source.startswith("bundled:")]
+    assert {"source", "tiny_vae", "lora", "loras.neon"} <= {need.part for need in needs}
+    assert all(locate(SHIPPED[need.model], need.part).path.exists() for need in needs)
 
 
 @pytest.mark.parametrize("name", LCM_LORAS)
