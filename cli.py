@@ -46,14 +46,22 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="An entry of the
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
-    model: ModelOption = "mini-lcm",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The default model; else FEWSTEP_DEFAULT_MODEL, the first of FEWSTEP_MODELS, or mini-lcm.",
+        ),
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of the embedded Redis; a temporary one if none.")
     ] = None,
 ) -> None:
     """Everything in one: Redis, gateway, one worker and the web page.
 
-    Uses the Redis of FEWSTEP_REDIS_URL, or starts one of its own. Ctrl-C ends all of it.
+    The worker keeps the default model and those of FEWSTEP_MODELS warm, the default one first; the service is ready with
+    the first that is warm. Uses the Redis of FEWSTEP_REDIS_URL, or starts one of its own. Ctrl-C ends all of it.
 
     Example: fewstep serve --port 9000
     """
@@ -65,17 +73,33 @@ def serve(
 
     configure_logging()
     try:
-        settings = open_loopback(GatewaySettings.load(host=host, port=port, default_model=model))
+        models = _choose_models(model)
+        settings = open_loopback(GatewaySettings.load(host=host, port=port, default_model=models[0]))
         check_exposure(settings)
-        get_spec(load_catalog(settings.catalog, settings.extra_catalog), model)
+        catalog = load_catalog(settings.catalog, settings.extra_catalog)
+        for name in models:
+            get_spec(catalog, name)
         _check_port(host, port)
         with resolve(data_dir=data_dir) as redis:
             asyncio.run(_check_redis(redis.url))
-            _supervise(settings, redis)
+            _supervise(settings, models, redis)
     except (SettingsError, BrokerError, CatalogError, OSError) as error:
         fail(str(error))
     except ChildFailed as error:
         raise typer.Exit(EX_CONFIG) from error
+
+
+def _choose_models(model: str | None) -> list[str]:
+    """What the worker of `serve` keeps warm, the default model first."""
+    from app.settings import GatewaySettings
+    from workers.settings import WorkerSettings
+
+    worker, gateway = WorkerSettings.load(), GatewaySettings.load()
+    given = worker.model_names if "models" in worker.model_fields_set else []
+    if model is None:
+        is_given = "default_model" in gateway.model_fields_set or not given
+        model = gateway.default_model if is_given else given[0]
+    return list(dict.fromkeys([model, *given]))
 
 
 async def _check_redis(url: str) -> None:
@@ -85,18 +109,18 @@ async def _check_redis(url: str) -> None:
         pass
 
 
-def _supervise(settings: GatewaySettings, redis: GivenRedis | EmbeddedRedis) -> None:
-    host, port, model = settings.host, settings.port, settings.default_model
+def _supervise(settings: GatewaySettings, models: list[str], redis: GivenRedis | EmbeddedRedis) -> None:
+    host, port = settings.host, settings.port
     environment = {"FEWSTEP_REDIS_URL": redis.url}
     gateway = {
         "FEWSTEP_HOST": host,
         "FEWSTEP_PORT": str(port),
-        "FEWSTEP_DEFAULT_MODEL": model,
+        "FEWSTEP_DEFAULT_MODEL": settings.default_model,
         "FEWSTEP_ALLOW_ANONYMOUS": str(settings.allow_anonymous),
     }
     children = [
         Child("gateway", ["gateway"], environment | gateway),
-        Child("worker", ["worker"], environment | {"FEWSTEP_MODELS": model}, stop_timeout_s=25),
+        Child("worker", ["worker"], environment | {"FEWSTEP_MODELS": ",".join(models)}, stop_timeout_s=25),
     ]
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else _bracketed(host)}:{port}"
 
@@ -186,10 +210,17 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's default if none.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same picture; random if none.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance", help="Above 1: classifier-free guidance.")
+        float | None, typer.Option("--guidance", help="Guidance scale, within the model's limits.")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid; needs guidance above 1.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What to avoid, for models with classifier-free guidance, at a scale above 1.")
+    ] = None,
     scheduler: Annotated[str | None, typer.Option(help="One of the model's schedulers.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:WEIGHT]", help="One of the model's style LoRAs; may be given several times."),
+    ] = None,
+    decoder: Annotated[str | None, typer.Option(help="full, tiny or auto; full if none.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels, one of the model's sizes.")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels, one of the model's sizes.")] = None,
 ) -> None:
@@ -218,6 +249,8 @@ def generate(
         "guidance_scale": guidance_scale,
         "seed": seed,
         "scheduler": scheduler,
+        "loras": [_read_lora(text) for text in lora or []],
+        "decoder": decoder,
         "width": width,
         "height": height,
         "output_format": formats[output.suffix.lower()],
@@ -231,9 +264,18 @@ def generate(
         _draw(job, spec, settings, output)
     except ValidationError as error:
         first = error.errors()[0]
-        fail(f"{first['loc'][0]}={first['input']!r}: {first['msg']}")
+        fail(f"{'.'.join(str(part) for part in first['loc'])}={first['input']!r}: {first['msg']}")
     except (SettingsError, CatalogError, GatewayError, LoadError, OSError) as error:
         fail(str(error))
+
+
+def _read_lora(text: str) -> dict[str, str | float | None]:
+    """NAME or NAME:WEIGHT."""
+    name, has_weight, weight = text.partition(":")
+    try:
+        return {"name": name, "weight": float(weight) if has_weight else None}
+    except ValueError:
+        fail(f"--lora {text}: NAME or NAME:WEIGHT is needed, the weight a number; got {weight!r}")
 
 
 def _draw(job: Job, spec: ModelSpec, settings: WorkerSettings, output: Path) -> None:

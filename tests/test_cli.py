@@ -62,6 +62,17 @@ def test_generate_draws_a_reproducible_picture(tmp_path: Path) -> None:
         assert json.loads(image.info["parameters"])["prompt"] == prompt
 
 
+def test_generate_takes_style_loras_and_a_decoder(tmp_path: Path) -> None:
+    path = tmp_path / "sketch.png"
+    arguments = ("-o", str(path), "--seed", "3", "--lora", "sketch:0.5", "--lora", "neon", "--decoder", "tiny")
+    result = fewstep("generate", "a red apple on a blue background", *arguments)
+    assert result.returncode == 0, result.stderr
+    with Image.open(path) as image:
+        used = json.loads(image.info["parameters"])
+    assert used["loras"] == [{"name": "neon", "weight": 1.0}, {"name": "sketch", "weight": 0.5}]
+    assert used["decoder"] == "tiny"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -69,6 +80,10 @@ def test_generate_draws_a_reproducible_picture(tmp_path: Path) -> None:
         (["--width", "65"], ["65", "64x64"]),
         (["--scheduler", "magic"], ["scheduler", "magic", "lcm"]),
         (["--model", "nothing"], ["unknown model 'nothing'", "mini-lcm"]),
+        (["--lora", "magic"], ["loras", "magic", "neon", "sketch"]),
+        (["--lora", "sketch:much"], ["--lora sketch:much", "NAME:WEIGHT", "'much'"]),
+        (["--lora", "sketch:99"], ["loras.0.weight=99", "10"]),
+        (["--decoder", "magic"], ["decoder='magic'", "'tiny'"]),
         (["-o", "picture.txt"], ["picture.txt", ".png"]),
     ],
 )

@@ -18,6 +18,7 @@ from workers.settings import WorkerSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKERFILES = sorted((REPOSITORY / "docker").glob("*.Dockerfile"))
+HUGGING_FACES = {"HF_TOKEN", "HF_HUB_OFFLINE"}  # variables of its library
 SETTINGS = {
     f"FEWSTEP_{field.upper()}" for settings in (GatewaySettings, WorkerSettings) for field in settings.model_fields
 }
@@ -93,7 +94,38 @@ def test_ports_are_open_to_this_machine_only(compose: dict[str, Any]) -> None:
 def test_every_variable_is_a_setting(compose: dict[str, Any], dockerfile: str) -> None:
     used = {key for service in compose["services"].values() for key in service.get("environment", {})}
     used |= set(re.findall(r"\b(FEWSTEP_\w+)", dockerfile))
-    assert used <= SETTINGS
+    assert used <= SETTINGS | HUGGING_FACES
+
+
+def test_both_sides_read_the_same_catalog_and_folders(compose: dict[str, Any]) -> None:
+    for name in ("gateway", "worker", "worker-cpu"):
+        service = compose["services"][name]
+        assert service["environment"]["FEWSTEP_EXTRA_CATALOG"] == "${FEWSTEP_EXTRA_CATALOG:-}", name
+        assert "./docker/models:/models:ro" in service["volumes"], name
+
+
+def test_the_lock_file_lies_in_the_volume_of_the_weights(compose: dict[str, Any]) -> None:
+    text = (REPOSITORY / "docker" / "worker.Dockerfile").read_text(encoding="utf-8")
+    [volume] = instructions(text, "VOLUME")
+    [lock_file] = re.findall(r"FEWSTEP_LOCK_FILE=(\S+)", text)
+    assert str(Path(lock_file).parent) == volume
+    for name in ("worker", "worker-cpu"):
+        service = compose["services"][name]
+        assert service["environment"]["FEWSTEP_LOCK_FILE"] == f"${{FEWSTEP_LOCK_FILE:-{lock_file}}}"
+        assert f"huggingface:{volume}" in service["volumes"]
+
+
+def test_variables_that_stay_empty_are_not_set(compose: dict[str, Any]) -> None:
+    """Compose passes those on that nobody gave a value, as "", which must mean the default."""
+    passed = {
+        key.removeprefix("FEWSTEP_").lower(): "" for key, value in worker_variables(compose) if value.endswith(":-}")
+    }
+    assert {"memory_gib", "extra_catalog"} <= set(passed)
+    assert WorkerSettings(**passed, lock_file="") == WorkerSettings()
+
+
+def worker_variables(compose: dict[str, Any]) -> list[tuple[str, str]]:
+    return [item for item in compose["services"]["worker"]["environment"].items() if item[0] not in HUGGING_FACES]
 
 
 def test_named_volumes_are_declared(compose: dict[str, Any]) -> None:
@@ -101,7 +133,7 @@ def test_named_volumes_are_declared(compose: dict[str, Any]) -> None:
         mount.partition(":")[0] for service in compose["services"].values() for mount in service.get("volumes", [])
     }
     assert {mount for mount in mounts if not mount.startswith("./")} == set(compose["volumes"])
-    assert all((REPOSITORY / mount).is_file() for mount in mounts if mount.startswith("./"))
+    assert all((REPOSITORY / mount).exists() for mount in mounts if mount.startswith("./"))
 
 
 def test_the_base_image_is_pinned_by_a_tag(dockerfile: str) -> None:

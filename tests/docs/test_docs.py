@@ -13,7 +13,7 @@ from app.errors import TABLE
 from app.live.protocol import CloseCode
 from app.main import create_app
 from app.metrics import Metrics
-from app.schemas import GenerationFields
+from app.schemas import GenerationFields, ModelCard
 from app.settings import GatewaySettings
 from workers.metrics import WorkerMetrics
 from workers.settings import WorkerSettings
@@ -21,6 +21,7 @@ from workers.settings import WorkerSettings
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 READMES = [REPOSITORY / "benchmarks" / "README.md", REPOSITORY / "clients" / "python" / "README.md"]
+OPENAIS = {"object", "created", "owned_by"}  # which OpenAI's clients read, and say nothing here
 PAGES = sorted([*DOCS.rglob("*.md"), *REPOSITORY.glob("*.md"), *READMES])
 
 
@@ -69,6 +70,11 @@ def test_every_route_is_described() -> None:
 def test_every_field_of_a_generation_is_described() -> None:
     words = set(re.findall(r"`(\w+)`", section("api.md", "POST /v1/generations")))
     assert set(GenerationFields.model_fields) <= words
+
+
+def test_every_field_of_a_model_is_described() -> None:
+    entry = section("api.md", "Models").partition("An entry has")[2]
+    assert set(ModelCard.model_fields) - OPENAIS <= set(re.findall(r"`(\w+)`", entry))
 
 
 def test_every_error_code_is_described() -> None:
