@@ -72,11 +72,12 @@ class Child:
 
     def start(self) -> None:
         environment = os.environ | self.environment | {PARENT_VARIABLE: str(os.getpid())}
-        # Before it has read its catalog a SIGHUP has nothing to tell it, and would end it.
-        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Before it has read its catalog a SIGHUP has nothing to tell it, and would end it: the child inherits the block
+        # and lifts it in `die_with_parent`. One that comes to us meanwhile waits.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         # A session of its own: Ctrl-C reaches the parent alone, which stops its children in order.
         self.process = subprocess.Popen([*self.command, *self.arguments], env=environment, start_new_session=True)
-        signal.signal(signal.SIGHUP, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.started_s = time.monotonic()
 
     def hang_up(self) -> None:
@@ -164,10 +165,15 @@ class Supervisor:
 
 
 def die_with_parent() -> None:
-    """Called first in a child: the kernel kills it when the supervisor is gone, however that went."""
+    """Called first in a child: the kernel kills it when the supervisor is gone, however that went.
+
+    SIGHUP, which `Child.start` had blocked, is ignored until the child has a handler of its own.
+    """
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None:
         return
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     else:

@@ -18,7 +18,11 @@ import psutil
 import pytest
 
 PARENT = """
-import sys, supervisor
+import os, signal, sys, supervisor
+def order(event, _):
+    if event == "subprocess.Popen" and os.path.exists(os.path.join(sys.argv[2], "order")):
+        os.kill(os.getpid(), signal.SIGHUP)
+sys.addaudithook(order)
 supervisor.Child.command = [sys.executable, sys.argv[1]]
 children = [supervisor.Child(name, [name, sys.argv[2]], {}, stop_timeout_s=1.0) for name in sys.argv[3:]]
 try:
@@ -124,6 +128,15 @@ def test_a_hangup_is_passed_on_to_the_children(
         assert family.parent.poll() is None
         assert len(family.pids("reader")) == 1
         assert not is_gone(family.pids("one")[0]), "who knows nothing of SIGHUP lives on"
+
+
+def test_a_hangup_while_a_child_is_started_is_passed_on(make_family: Callable[..., Family], tmp_path: Path) -> None:
+    family = make_family("reader", "one", start_new_session=True)
+    until(lambda: bool(family.pids("one")) and (tmp_path / "listens").exists())
+    (tmp_path / "order").touch()
+    os.kill(family.pids("one")[0], signal.SIGKILL)
+    until(lambda: len(family.pids("one")) == 2)
+    until(lambda: (tmp_path / "read").exists())
 
 
 def test_the_end_of_its_terminal_ends_everything(make_family: Callable[..., Family], tmp_path: Path) -> None:
