@@ -60,8 +60,8 @@ def serve(
 ) -> None:
     """Everything in one: Redis, gateway, one worker and the web page.
 
-    The worker keeps the default model and those of FEWSTEP_MODELS warm, the default one first; the service is ready with
-    the first that is warm. Uses the Redis of FEWSTEP_REDIS_URL, or starts one of its own. Ctrl-C ends all of it.
+    The worker keeps the default model and those of FEWSTEP_MODELS warm, the default one first; the service is ready
+    with the first that is warm. Uses the Redis of FEWSTEP_REDIS_URL, or starts one of its own. Ctrl-C ends all of it.
 
     Example: fewstep serve --port 9000
     """

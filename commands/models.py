@@ -41,7 +41,9 @@ def list_models() -> None:
     table = Table(*columns, *others, box=None, pad_edge=False)
     for spec in catalog.values():
         tested_with = spec.tested_with.removesuffix(" weights")
-        table.add_row(spec.name, spec.family, _steps(spec), _few_sizes(spec), _state(held[spec.name]), tested_with, spec.license)
+        table.add_row(
+            spec.name, spec.family, _steps(spec), _few_sizes(spec), _state(held[spec.name]), tested_with, spec.license
+        )
     output().print(table)
 
 

@@ -6,12 +6,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
-from tests.service import free_port
+from tests.service import Service, free_port, start_service
 from tests.small_models import write_small_catalog
 
 
@@ -107,6 +109,34 @@ def test_a_redis_that_does_not_answer() -> None:
 
 def test_an_unknown_model() -> None:
     assert_one_clear_line(fewstep("serve", "--model", "nothing"), "unknown model 'nothing'", "mini-lcm")
+
+
+def test_an_unknown_model_beside_the_default_one() -> None:
+    assert_one_clear_line(fewstep("serve", FEWSTEP_MODELS="mini-lcm,nothing"), "unknown model 'nothing'", "mini-lcm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "default", "names"),
+    [([], "mini-lcm", ["mini-lcm", "small"]), (["--model", "small"], "small", ["small", "mini-lcm"])],
+)
+def test_serve_keeps_all_models_warm_the_default_one_first(
+    tmp_path: Path, arguments: list[str], default: str, names: list[str]
+) -> None:
+    settings = {"FEWSTEP_EXTRA_CATALOG": str(write_small_catalog(tmp_path)), "FEWSTEP_MODELS": "mini-lcm,small"}
+    service = start_service(tmp_path / "serve.log", *arguments, **settings)
+    try:
+        assert httpx.get(f"{service.url}/v1/models").json()["default"] == default
+        assert service.child("worker").environ()["FEWSTEP_MODELS"].split(",") == names
+        until_warm(service, names)
+    finally:
+        service.stop()
+
+
+def until_warm(service: Service, names: list[str]) -> None:
+    deadline_s = time.monotonic() + 60
+    while httpx.get(f"{service.url}/readyz", timeout=5).json()["models"] != sorted(names):
+        assert time.monotonic() < deadline_s, service.log.read_text()
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_variables_that_stay_empty_are_not_set(compose: dict[str, Any]) -> None:
         key.removeprefix("FEWSTEP_").lower(): "" for key, value in worker_variables(compose) if value.endswith(":-}")
     }
     assert {"memory_gib", "extra_catalog"} <= set(passed)
-    assert WorkerSettings(**passed, lock_file="") == WorkerSettings()
+    assert WorkerSettings.load(**passed, lock_file="") == WorkerSettings()
 
 
 def worker_variables(compose: dict[str, Any]) -> list[tuple[str, str]]:

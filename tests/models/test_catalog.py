@@ -176,7 +176,9 @@ def test_a_users_own_file_adds_and_replaces(tmp_path: Path) -> None:
 
 
 def test_a_style_lora_does_not_go_with_what_replaces_its_model(tmp_path: Path) -> None:
-    base = write(tmp_path, MINIMAL + MINIMAL.replace("[small]", "[other]") + LORA.replace('"small"', '"small", "other"'))
+    base = write(
+        tmp_path, MINIMAL + MINIMAL.replace("[small]", "[other]") + LORA.replace('"small"', '"small", "other"')
+    )
     extra = tmp_path / "own.toml"
     extra.write_text(CONSISTENCY, encoding="utf-8")
     catalog = load_catalog(base, extra)
