@@ -1,6 +1,6 @@
 """The live page in a real browser, while somebody types.
 
-    python -m benchmarks.page             # about four minutes; needs Chromium
+    python -m benchmarks.page             # about five minutes; needs Chromium
 
 Chromium opens the page of a running `fewstep serve`, and a typist writes prompts into it at a steady pace. What is
 measured is what a person sees: how long after a key its picture stands on the screen, in the browser's own clock, and
