@@ -89,6 +89,12 @@ def test_what_the_model_does_not_allow(
     assert (caught.value.param, caught.value.code) == (param, code or "invalid_value")
 
 
+def test_a_model_without_any_names_the_field_in_the_same_way(spec: ModelSpec) -> None:
+    with pytest.raises(InvalidRequest, match="'ink' is not allowed; mini-lcm has no style LoRAs") as caught:
+        check_loras(choices({"name": "ink"}), spec.model_copy(update={"loras": {}}))
+    assert (caught.value.param, caught.value.code) == ("loras.0.name", "lora_not_found")
+
+
 def test_a_prompt_without_the_trigger_is_told(spec: ModelSpec) -> None:
     both = (LoraWeight("clay", 1.0), LoraWeight("ink", 1.0))
     assert lora_warnings(make_params(prompt=PROMPT, loras=both), spec) == ()
