@@ -51,6 +51,11 @@ def find_warm(workers: Iterable[WorkerInfo], model: str) -> list[tuple[WorkerInf
     ]
 
 
+def draw_alike(workers: Iterable[WorkerInfo], spec: ModelSpec) -> bool:
+    """Whether all that hold the model warm go by this very entry: who has yet to read it draws other pictures."""
+    return all(warm.fingerprint == spec.fingerprint for _, warm in find_warm(workers, spec.name))
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """How a model stands with all workers together; `detail` says which worker does what, or why none does."""

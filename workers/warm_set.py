@@ -173,6 +173,7 @@ class WarmSet:
                 member.spec = specs[name]
             except Exception as error:  # noqa: BLE001 - the model goes on with what it had
                 logger.error("%s goes on with its old entry of the catalog: %s", name, explain(error))
+        self._on_change()
 
     def _load_in_turn(self, member: Member, budget: MemoryBudget, _engine: Engine) -> Iterator[None]:
         self._enter(member, ModelState.LOADING, "loading")

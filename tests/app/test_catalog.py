@@ -168,7 +168,13 @@ async def test_the_better_picture_goes_by_the_catalog_of_its_time(
     fixed = write_catalog(tmp_path / "catalog.toml", [SHIPPED.model_copy(update={"loras": {}, "name": "other"})])
     extra = write_catalog(tmp_path / "extra.toml", [with_steps(8, loras={"ink": INK})])
     async with start_api(catalog=fixed, extra_catalog=extra, default_model="other") as api, go_live(api) as live:
-        wish = {"model": "mini-lcm", "width": 64, "height": 64, "scheduler": "ddim", "loras": [{"name": "ink"}]}
+        wish: dict[str, Any] = {
+            "model": "mini-lcm",
+            "width": 64,
+            "height": 64,
+            "scheduler": "ddim",
+            "loras": [{"name": "ink"}],
+        }
         api.painter.gate.clear()
         await live.generate(1, num_inference_steps=1, refine={"after_ms": 0, "num_inference_steps": 8}, **wish)
         await until(lambda: bool(api.painter.deliveries))

@@ -110,6 +110,23 @@ async def test_the_answer_tells_what_was_used(api: Api) -> None:
     assert answer["warnings"] == ["loras: ink works best with 'ink style' in the prompt"]
 
 
+async def test_one_that_no_worker_took_over_is_refused_with_words(api: Api) -> None:
+    painter, spec = api.painter, api.painter.catalog["mini-lcm"]
+    painter.catalog = {"mini-lcm": spec.model_copy(update={"loras": {"clay": spec.loras["clay"]}})}
+    await painter.register()
+    api.gateway.fleet._fresh_until = 0
+    answers = [
+        await api.http.post("/v1/generations", json={"prompt": PROMPT, "loras": [{"name": name} for name in names]})
+        for names in ([], ["clay"], ["ink", "clay"])
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 503]
+    error = answers[-1].json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_ready", "loras")
+    assert error["message"].startswith("no worker that keeps mini-lcm warm has taken over the LoRAs clay, ink: ")
+    assert "SIGHUP" in error["message"]
+    assert int(answers[-1].headers["retry-after-ms"]) > 0
+
+
 async def test_what_is_wrong_is_named(api: Api) -> None:
     for loras, param in (([{"name": "oil"}], "loras.0.name"), ([{"name": "ink", "weight": 11}], "loras.0.weight")):
         answer = await api.http.post("/v1/generations", json={"prompt": "a", "loras": loras})

@@ -150,7 +150,7 @@ def test_a_damaged_model_takes_no_other_along(
         device.start()
     assert device.states == {"small": "warm", "bad": "failed", "last": "warm"}
     assert list(device.engine.runners) == ["small", "last"]
-    assert device.detail("bad").startswith(words)
+    assert device.detail("bad").startswith(without_folders(words))
     [record] = [record for record in caplog.records if record.name == "workers.warm_set"]
     assert without_folders(record.getMessage()) == f"bad does not serve: {device.detail('bad')}"
     assert ("bad", "failed") in device.reports
@@ -322,8 +322,7 @@ def test_the_log_keeps_the_folders_that_the_registry_leaves_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = Device(small_spec(tmp_path).model_copy(update={"name": "lost", "source": str(tmp_path / "gone")}))
-    with pytest.raises(NothingToServe):
-        device.start()
+    device.start()
     assert "gone" in device.detail("lost")
     assert str(tmp_path) not in device.detail("lost")
     assert str(tmp_path / "gone") in caplog.text
