@@ -255,9 +255,7 @@ class _Loader:
 
     @cached_property
     def _own_networks(self) -> frozenset[str]:
-        """What LoRAs change, fused ones for good and style LoRAs in turn: other models must not see it."""
-        if self._spec.loras:
-            return frozenset(LORA_NETWORKS)
+        """What the fused LoRA changes for good: other models must not see it."""
         if self._lora is None:
             return frozenset()
         check_weights(self._lora)

@@ -62,8 +62,8 @@ def estimate(
     shared = sum(weights[network] for network in shareable.intersection(loaded))
     total = sum(weights.values())
     working = _working_bytes(spec, dtype, total)
-    if spec.loras:  # the copy of what they change: at most all of it
-        working += sum(weights[network] for network, is_own in sizes.items() if is_own)
+    if spec.loras:  # the copy of what they change: at most the largest network again, which is the UNet
+        working += max(weights.values(), default=0)
     return Estimate(total - shared, shared, working, frozenset(shareable))
 
 
@@ -77,7 +77,7 @@ def _working_bytes(spec: ModelSpec, dtype: str, weights: int) -> int:
 def _networks_of(spec: ModelSpec, lock_file: Path) -> Iterator[tuple[list[Path], bool]]:
     """The weight files of each network that stays in memory, links followed, and whether it is the model's own: what a
     fused LoRA changes is, and what a single file holds. Raises SourceError."""
-    changed = _changed_by_loras(spec, lock_file)
+    changed = _changed_for_good(spec, lock_file)
     source = locate(spec, "source", lock_file=lock_file, only_look=True).path
     if source.is_file():
         yield [source.resolve()], True
@@ -91,9 +91,7 @@ def _networks_of(spec: ModelSpec, lock_file: Path) -> Iterator[tuple[list[Path],
             yield _weight_files(folder / part if part == "safety_checker" else folder, spec.variant), part in changed
 
 
-def _changed_by_loras(spec: ModelSpec, lock_file: Path) -> set[str]:
-    if spec.loras:
-        return LORA_NETWORKS
+def _changed_for_good(spec: ModelSpec, lock_file: Path) -> set[str]:
     if spec.lora is None:
         return set()
     try:

@@ -18,21 +18,18 @@ FIXED = frozenset({
 
 def take_over(specs: Mapping[str, ModelSpec], catalog: Mapping[str, ModelSpec]) -> dict[str, ModelSpec]:
     """`specs` with all that a running worker can change as `catalog` says it now; says of the rest that it can't."""
-    is_alone = len(specs) == 1
-    return {name: _take_over(spec, catalog.get(name), is_alone=is_alone) for name, spec in specs.items()}
+    return {name: _take_over(spec, catalog.get(name)) for name, spec in specs.items()}
 
 
-def _take_over(spec: ModelSpec, now: ModelSpec | None, *, is_alone: bool) -> ModelSpec:
+def _take_over(spec: ModelSpec, now: ModelSpec | None) -> ModelSpec:
     if now is None:
         logger.warning("%s is gone from the catalog; this worker keeps it until it is started again", spec.name)
         return spec
     changed = {field for field in ModelSpec.model_fields if getattr(spec, field) != getattr(now, field)}
-    # A model that was loaded without style LoRAs may share its networks with others, whom they would change too.
-    fixed_here = FIXED if is_alone or spec.loras else FIXED | {"loras"}
-    if fixed := sorted(changed & fixed_here):
+    if fixed := sorted(changed & FIXED):
         logger.warning(
             "%s: %s of the catalog changed: that needs a new start of this worker", spec.name, ", ".join(fixed)
         )
-    if taken := sorted(changed - fixed_here):
+    if taken := sorted(changed - FIXED):
         logger.info("%s: the catalog was read again, changed: %s", spec.name, ", ".join(taken))
-    return spec.model_copy(update={field: getattr(now, field) for field in changed - fixed_here})
+    return spec.model_copy(update={field: getattr(now, field) for field in changed - FIXED})

@@ -97,7 +97,8 @@ async def test_models(api: Api) -> None:
     assert api.painter.worker_id in card["state_detail"]
     assert card["num_inference_steps"] == {"default": 4, "min": 1, "max": 20}
     assert (card["sizes"], card["default_size"]) == (["64x64"], "64x64")
-    assert (card["schedulers"], card["default_scheduler"]) == (["lcm", "ddim", "euler-ancestral"], "lcm")
+    schedulers = ["lcm", "ddim", "euler-ancestral", "dpm-solver", "tcd"]
+    assert (card["schedulers"], card["default_scheduler"]) == (schedulers, "lcm")
     assert card["license"] == "Apache-2.0"
     assert card["example_prompts"]
     [worker] = card["workers"]

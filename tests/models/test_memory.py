@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.catalog import LoraSpec, ModelSpec
+from models.catalog import LoraSpec, ModelSpec, StyleLora
 from models.memory import GIB, WORKING_SHARE, Estimate, estimate, weight_bytes
 from tests.small_models import small_sdxl_spec, small_spec
 
@@ -93,6 +93,13 @@ def test_what_a_fused_lora_changes_is_not_shared(root: Path) -> None:
     fused = sure(estimate(spec_of(root, lora=LoraSpec(source=str(root / "lora"))), "float32", first.networks))
     assert fused.weights == 4 * num_weights(root / "sd" / "unet")
     assert sure(estimate(spec_of(root), "float32", fused.networks)).weights == fused.weights
+
+
+def test_style_loras_want_room_for_a_copy(root: Path) -> None:
+    ink = StyleLora(name="ink", description="ink", source="nobody/ink", models=["small"], license="MIT")
+    plain, styled = (sure(estimate(spec_of(root, loras=loras), "float32")) for loras in ({}, {"ink": ink}))
+    assert styled.working - plain.working == 4 * num_weights(root / "sd" / "unet")
+    assert styled.networks == plain.networks
 
 
 def test_a_damaged_file_counts_as_large_as_it_is(tmp_path: Path) -> None:

@@ -46,10 +46,3 @@ async def test_the_api_page(api: Api, tmp_path: Path) -> None:
     assert open_image((tmp_path / "apple.png").read_bytes()).format == "PNG"
     assert open_image((tmp_path / "panda.jpg").read_bytes()).format == "JPEG"
     assert any("event: completed" in output for output in outputs)
-
-
-async def test_the_client_of_the_live_page(api: Api, tmp_path: Path) -> None:
-    ((language, code),) = read_blocks("live-protocol.md")
-    output = await run(language, code.replace(ADDRESS, f"127.0.0.1:{api.port}"), tmp_path)
-    assert "final after step 4" in output
-    assert open_image((tmp_path / "apple.jpeg").read_bytes()).format == "JPEG"
