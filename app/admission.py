@@ -84,6 +84,7 @@ class Admission:
         check_lane(job.lane, caller)
         spec = get_spec(self._catalog, job.model)
         workers = await self._check_ready(job.model, caller)
+        check_loras_held(job, workers)
         forecast = make_forecast(workers, job.params, spec)
         check_deadline(job.deadline_ms, forecast)
         await self._rates.take(job, caller)
@@ -117,6 +118,17 @@ def check_lane(lane: Lane, caller: Caller) -> None:
     if lane not in caller.lanes:
         allowed = ", ".join(sorted(caller.lanes))
         raise Forbidden(f"this key may not use the {lane} lane; it may use: {allowed}", code="lane_not_allowed")
+
+
+def check_loras_held(job: Job, workers: list[WorkerInfo]) -> None:
+    """By one worker together: a worker may have yet to take over what the gateway's catalog has."""
+    wanted = {lora.name for lora in job.params.loras}
+    if wanted and not any(wanted.issubset(warm.loras) for _, warm in find_warm(workers, job.model)):
+        message = (
+            f"no worker that keeps {job.model} warm has taken over the LoRAs {', '.join(sorted(wanted))}: "
+            f"it must read the catalog again (SIGHUP) or, if its log says so, be started anew"
+        )
+        raise ModelNotReady(message, param="loras", retry_after_ms=NOT_READY_RETRY_MS)
 
 
 def check_deadline(deadline_ms: int | None, forecast: Forecast) -> None:

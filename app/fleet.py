@@ -14,7 +14,12 @@ from broker.terms import Forecast
 from models.catalog import ModelSpec
 
 WORKERS_CACHE_S = 1.0
-UNDER_WAY = {"waiting": "has yet to load it", "loading": "loads it", "warming": "warms it"}
+UNDER_WAY = {
+    "waiting": "has yet to load it",
+    "loading": "loads it",
+    "warming": "warms it",
+    "warm": "is about to serve it",  # else it would be found warm
+}
 ModelState = Literal["warm", "loading", "failed", "cold"]
 
 
@@ -46,6 +51,11 @@ def find_warm(workers: Iterable[WorkerInfo], model: str) -> list[tuple[WorkerInf
     ]
 
 
+def draw_alike(workers: Iterable[WorkerInfo], spec: ModelSpec) -> bool:
+    """Whether all that hold the model warm go by this very entry: who has yet to read it draws other pictures."""
+    return all(warm.fingerprint == spec.fingerprint for _, warm in find_warm(workers, spec.name))
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """How a model stands with all workers together; `detail` says which worker does what, or why none does."""
@@ -59,7 +69,7 @@ def find_standing(workers: Sequence[WorkerInfo], model: str) -> Standing:
     if warm := find_warm(workers, model):
         return Standing("warm", f"on {', '.join(worker.worker_id for worker, _ in warm)}")
     told = [(worker, status) for worker in workers for status in worker.models if status.model == model]
-    under_way = [(worker, status) for worker, status in told if status.state in UNDER_WAY]
+    under_way = [(w, status) for w, status in told if w.state != "draining" and status.state in UNDER_WAY]
     if under_way:
         return Standing("loading", "; ".join(f"{w.worker_id} {UNDER_WAY[s.state]}" for w, s in under_way))
     if failed := [(worker, status) for worker, status in told if status.state == "failed"]:

@@ -10,7 +10,7 @@ from app.access.keys import KeyRing
 from app.access.signing import Signer
 from app.admission import Admission
 from app.catalog import ServedCatalog
-from app.fleet import Fleet
+from app.fleet import Fleet, draw_alike
 from app.metrics import Metrics
 from app.replies import Replies
 from app.settings import GatewaySettings
@@ -42,6 +42,11 @@ class Gateway:
     def find_model(self, name: str | None, caller: Caller) -> ModelSpec:
         """The caller's default where it names none. Raises UnknownModelError or Forbidden."""
         return self.admission.find_model(name or self.default_model(caller), caller)
+
+    async def cache_s(self, spec: ModelSpec) -> float:
+        """For how long a picture of this entry may be shared. Raises BrokerUnavailable."""
+        is_on = self.settings.cache_s > 0
+        return self.settings.cache_s if is_on and draw_alike(await self.fleet.workers(), spec) else 0
 
     def default_model(self, caller: Caller) -> str:
         return self.admission.default_model(caller, self.settings.default_model)

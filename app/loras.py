@@ -15,8 +15,6 @@ def check_loras(choices: Sequence[LoraChoice], spec: ModelSpec) -> tuple[LoraWei
 
     Raises InvalidRequest that names the field.
     """
-    if choices and not spec.loras:
-        raise invalid("loras", choices[0].name, f"{spec.name} offers no style LoRAs", code="lora_not_found")
     names = [choice.name for choice in choices]
     for place, name in enumerate(names):
         if name in names[:place]:
@@ -38,7 +36,7 @@ def lora_warnings(params: SamplingParams, spec: ModelSpec) -> tuple[str, ...]:
 def _check(place: int, choice: LoraChoice, spec: ModelSpec) -> LoraWeight:
     lora = spec.loras.get(choice.name)
     if lora is None:
-        offered = f"{spec.name} has {', '.join(sorted(spec.loras))}"
+        offered = f"{spec.name} has {', '.join(sorted(spec.loras)) or 'no style LoRAs'}"
         raise invalid(f"loras.{place}.name", choice.name, offered, code="lora_not_found")
     allowed = lora.weight
     weight = allowed.default if choice.weight is None else choice.weight

@@ -102,7 +102,9 @@ class Metrics:
                 self.stage.labels(model, stage).observe(ms / 1000)
 
     def set_queue(self, depths: Mapping[str, Mapping[str, int]], workers: Iterable[WorkerInfo]) -> None:
-        """Fills in what only Redis knows, right before a scrape."""
+        """Fills in what only Redis knows, right before a scrape. A model that nobody names any more is gone."""
+        for gauge in (self.queued, self.running, self.warm_workers):
+            gauge.clear()
         warm = [warm.model for worker in workers if worker.state == "ready" for warm in worker.warm_models]
         for model, depth in depths.items():
             self.queued.labels(model).set(depth["queued"])

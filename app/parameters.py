@@ -12,11 +12,6 @@ from broker.messages import MAX_SEED, Decoder, ImageFormat, SamplingParams
 from models.catalog import ClassNames, ModelSpec, Size, UnknownClassError
 
 DEFAULT_QUALITY = 85
-WHY_GUIDANCE = {
-    "classifier-free": "few-step models need no guidance, and oversaturate with more than this",
-    "embedded": "the scale is an input of its network, which was trained with these",
-    "none": "it was distilled without guidance",
-}
 
 
 def draw_seed(num_images: int = 1) -> int:
@@ -165,9 +160,23 @@ def _check_guidance(guidance_scale: float | None, spec: ModelSpec) -> float:
     allowed = spec.guidance_scale
     if guidance_scale is not None and not allowed.min <= guidance_scale <= allowed.max:
         range_text = f"{allowed.min:g}" if allowed.min == allowed.max else f"{allowed.min:g} to {allowed.max:g}"
-        why = WHY_GUIDANCE[spec.guidance]
+        why = _why_guidance(spec, is_below=guidance_scale < allowed.min)
         raise invalid("guidance_scale", guidance_scale, f"{spec.name} allows {range_text}: {why}")
     return allowed.default if guidance_scale is None else float(guidance_scale)
+
+
+def _why_guidance(spec: ModelSpec, *, is_below: bool) -> str:
+    match spec.guidance:
+        case "embedded":
+            return "the scale is an input of its network, which was trained with these"
+        case "none":
+            return "it was distilled without guidance"
+        case "classifier-free" if is_below:
+            return "it follows the prompt too loosely with less than this"
+        case "classifier-free" if spec.is_guided(spec.guidance_scale.default):
+            return "it oversaturates with more than this"
+        case "classifier-free":
+            return "few-step models need no guidance, and oversaturate with more than this"
 
 
 def _check_scheduler(scheduler: str | None, spec: ModelSpec) -> str:

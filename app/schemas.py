@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from broker.messages import MAX_SEED, ImageFormat, SamplingParams, State
+from models.catalog import MAX_LORA_WEIGHT
 
 MAX_TEXT_CHARS = 32_000
 
@@ -37,7 +38,7 @@ class LoraChoice(_Request):
     """A style LoRA of the model; without a weight the LoRA's own default."""
 
     name: Name
-    weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
+    weight: Annotated[float, Field(ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT, allow_inf_nan=False)] | None = None
 
 
 class GenerationFields(_Request):

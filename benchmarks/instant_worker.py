@@ -20,6 +20,7 @@ from PIL import Image
 
 from broker.messages import Completed, Delivery, Picture, SizeCosts, Timings, WarmModel, WorkerInfo
 from broker.redis_broker import RedisBroker
+from models.catalog import load_catalog
 
 MODEL = "sd15-lcm"  # only its catalog entry is needed: the sizes start with 512x512
 WORKER_ID = "instant"
@@ -49,7 +50,8 @@ async def work(url: str, prefix: str) -> None:
 
 
 async def stay_registered(broker: RedisBroker) -> None:
-    warm = WarmModel(MODEL, "1", MAX_ROWS, text_ms=0.01, sizes=(COSTS,))
+    fingerprint = load_catalog()[MODEL].fingerprint
+    warm = WarmModel(MODEL, "1", MAX_ROWS, text_ms=0.01, sizes=(COSTS,), fingerprint=fingerprint)
     while True:
         await broker.register(WorkerInfo(WORKER_ID, "ready", "none", "none", (warm,)))
         await asyncio.sleep(HEARTBEAT_S)

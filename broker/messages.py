@@ -258,7 +258,8 @@ def cost_at(table: Mapping[int, float], rows: int) -> float:
 class WarmModel:
     """A model that a worker has proven by a real generation at each of its warm sizes; the default size comes first.
 
-    `text_ms` is what one prompt costs that no cache holds.
+    `text_ms` is what one prompt costs that no cache holds. `fingerprint` is that of the entry by which the worker
+    draws, `loras` are its style LoRAs; after a reload both may be others than in the gateway's catalog.
     """
 
     model: str
@@ -266,6 +267,8 @@ class WarmModel:
     max_batch_size: int
     text_ms: float
     sizes: tuple[SizeCosts, ...]
+    fingerprint: str = ""
+    loras: tuple[str, ...] = ()
 
     def find_costs(self, width: int, height: int) -> SizeCosts:
         """What was measured for this size, or for the one whose area is nearest."""

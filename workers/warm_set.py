@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import gc
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from workers.metrics import WorkerMetrics
 logger = logging.getLogger(__name__)
 
 MAX_REASON_CHARS = 500
+FOLDERS = re.compile(r"(?<![\w.:/~-])~?/(?:[^\s/'\",:;]+/)*(?=[^\s/'\",:;])")  # of an absolute path
 Load = Callable[[ModelSpec], ModelRunner]
 Report = Callable[[str, str], None]
 
@@ -70,7 +72,7 @@ class Member:
     @property
     def status(self) -> ModelStatus:
         state: Literal["waiting", "loading", "warming", "warm", "failed"] = self.state.value
-        return ModelStatus(self.spec.name, state, self.detail)
+        return ModelStatus(self.spec.name, state, without_folders(self.detail))
 
 
 class MemoryBudget:
@@ -171,6 +173,7 @@ class WarmSet:
                 member.spec = specs[name]
             except Exception as error:  # noqa: BLE001 - the model goes on with what it had
                 logger.error("%s goes on with its old entry of the catalog: %s", name, explain(error))
+        self._on_change()
 
     def _load_in_turn(self, member: Member, budget: MemoryBudget, _engine: Engine) -> Iterator[None]:
         self._enter(member, ModelState.LOADING, "loading")
@@ -247,8 +250,13 @@ class WarmSet:
         self._on_change()
 
 
+def without_folders(text: str) -> str:
+    """What callers read: the files of this machine by their names alone. Repositories and addresses stay whole."""
+    return FOLDERS.sub("", text)
+
+
 def explain(error: Exception) -> str:
-    """One line for the log, the registry and the callers of the model."""
+    """One line for the log, and without the folders for the registry and the callers of the model."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "the device ran out of memory: lower its max_batch_size or take models out of FEWSTEP_MODELS"
     if not isinstance(error, LoadError | WarmUpError | DoesNotFit):

@@ -21,6 +21,7 @@ from app.errors import GatewayError, InvalidToken, Unauthorized, invalid, render
 from app.gateway import Gateway
 from app.live.protocol import AUTH_PREFIX, SUBPROTOCOL, CloseCode, SessionEnd, check_origin
 from app.schemas import LiveTokenAnswer, LiveTokenRequest
+from models.catalog import UnknownModelError
 
 PURPOSE = "live"
 DEFAULT_TTL_S = 300
@@ -159,7 +160,7 @@ class Door:
         """By an API key or a live token."""
         try:
             return self._find_access(credential)
-        except GatewayError as error:
+        except (GatewayError, UnknownModelError) as error:
             raise self._refuse(error) from error
 
     def confirm(self, access: Access) -> Access:
@@ -170,7 +171,7 @@ class Door:
             if access.caller is ANONYMOUS:
                 return access
             return self._enter_as(self._gateway.keys.get(access.caller.owner))
-        except GatewayError as error:
+        except (GatewayError, UnknownModelError) as error:
             raise self._refuse(error) from error
 
     def nobody(self, why: str) -> SessionEnd:
@@ -200,6 +201,6 @@ class Door:
         share = Share(token.share, token.max_images_per_minute) if token.max_images_per_minute else None
         return Access(replace(caller, models=frozenset({token.model}), share=share), token)
 
-    def _refuse(self, error: GatewayError) -> SessionEnd:
+    def _refuse(self, error: GatewayError | UnknownModelError) -> SessionEnd:
         self._gateway.metrics.rejected.labels(render(error).code).inc()
         return SessionEnd(CloseCode.AUTH, str(error))

@@ -61,13 +61,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One request of the session. `refined` is what to draw after it once the typing pauses, `after_ms` when."""
+    """One request of the session. `to_refine` is what asked for it, where it is refined once the typing pauses."""
 
     seq: int
     job: Job
     is_refined: bool = False
-    refined: SamplingParams | None = None
-    after_ms: int = 0
+    to_refine: LiveGenerate | None = None
 
 
 class TokenBucket:
@@ -236,15 +235,22 @@ class LiveSession:
 
     def _plan(self, message: LiveGenerate) -> Drawing:
         spec = self._gateway.find_model(message.model, self._access.caller)
+        params = self._complete(message, spec)
+        job = self._make_job(spec, params, message.deadline_ms)
+        return Drawing(message.seq, job, to_refine=message if _refine(message, params, spec) else None)
+
+    def _plan_refined(self, message: LiveGenerate, model: str) -> Drawing | None:
+        """Checked again: the catalog may have been read since. None where it would be the same picture by now."""
+        spec = self._gateway.find_model(model, self._access.caller)
+        if (refined := _refine(message, self._complete(message, spec), spec)) is None:
+            return None
+        return Drawing(message.seq, self._make_job(spec, refined, message.deadline_ms), is_refined=True)
+
+    def _complete(self, message: LiveGenerate, spec: ModelSpec) -> SamplingParams:
         quick: Decoder = "tiny" if message.refine else "full"
         previews = spec.safety_checker is None
         defaults = Defaults(output_format="jpeg", previews=previews, decoder=quick, seed=self._seed)
-        params = complete(message, spec, defaults)
-        job = self._make_job(spec, params, message.deadline_ms)
-        if message.refine is None:
-            return Drawing(message.seq, job)
-        refined = _refine(message, params, spec)
-        return Drawing(message.seq, job, refined=refined, after_ms=message.refine.after_ms)
+        return complete(message, spec, defaults)
 
     def _make_job(self, spec: ModelSpec, params: SamplingParams, deadline_ms: int | None) -> Job:
         return Job(
@@ -283,7 +289,7 @@ class LiveSession:
                 if await self._submit(drawing):
                     raise_if_cancelled()
                     await self._show(drawing, subscription)
-        except (GatewayError, BrokerError) as error:
+        except (GatewayError, BrokerError, CatalogError) as error:
             self._gateway.metrics.rejected.labels(render(error).code).inc()
             self._refuse(error, drawing.seq, drawing.job.request_id)
         finally:
@@ -322,16 +328,19 @@ class LiveSession:
                 self._refuse(ending_error(event), drawing.seq, drawing.job.request_id)
 
     def _start_refine_timer(self, drawing: Drawing) -> None:
-        if drawing.refined is not None and drawing.seq == self._newest_seq:
-            self._refine_timer = self._tasks.create_task(self._refine_after_pause(drawing, drawing.refined))
+        if (message := drawing.to_refine) and message.refine and drawing.seq == self._newest_seq:
+            at = self._generated_at + message.refine.after_ms / 1000
+            self._refine_timer = self._tasks.create_task(self._refine_at(at, message, drawing.job.model))
 
-    async def _refine_after_pause(self, drawing: Drawing, params: SamplingParams) -> None:
-        await asyncio.sleep(self._generated_at + drawing.after_ms / 1000 - time.monotonic())
-        spec = self._gateway.catalog.get(drawing.job.model)
-        if spec is None:  # the catalog was read again, and has lost it
+    async def _refine_at(self, at: float, message: LiveGenerate, model: str) -> None:
+        await asyncio.sleep(at - time.monotonic())
+        try:
+            refined = self._plan_refined(message, model)
+        except (GatewayError, CatalogError) as error:
+            self._refuse(error, message.seq)
             return
-        job = self._make_job(spec, params, drawing.job.deadline_ms)
-        self._tasks.create_task(self._draw(Drawing(drawing.seq, job, is_refined=True)))
+        if refined is not None:
+            self._tasks.create_task(self._draw(refined))
 
     def _stop_refine_timer(self) -> None:
         if self._refine_timer is not None:

@@ -95,7 +95,7 @@ async def create_generation(
     """Draws a picture. The answer is its bytes or JSON, by `Accept`; 202 and `Location` where the wait ends first."""
     gateway, preference = call.gateway, parse_prefer(prefer or [])
     answer = negotiate(accept, body.output_format, body.num_images or 1)
-    job, terms = order(body, call, answer, preference)
+    job, terms = await order(body, call, answer, preference)
     async with enter(gateway, job, call.caller, terms) as entry:
         ending = await wait_as_preferred(entry, request, preference, gateway)
     headers = sharing_headers(entry.submitted.origin, terms)
@@ -104,7 +104,7 @@ async def create_generation(
     return finished(entry, ending, answer, gateway, headers)
 
 
-def order(body: GenerationRequest, call: Call, answer: Answer, preference: Preference) -> tuple[Job, Terms]:
+async def order(body: GenerationRequest, call: Call, answer: Answer, preference: Preference) -> tuple[Job, Terms]:
     """A result that somebody said they would come for is promised. Nobody watches the deadline of an asynchronous
     request that shares the work of another."""
     spec = call.gateway.find_model(body.model, call.caller)
@@ -112,7 +112,7 @@ def order(body: GenerationRequest, call: Call, answer: Answer, preference: Prefe
     is_promised = preference.is_async or preference.wait_s is not None or call.idempotency_key is not None
     job = call.make_job(spec, params, is_promised=is_promised, deadline_ms=body.deadline_ms)
     is_shareable = not preference.is_async or job.deadline_ms is None
-    cache_s = call.gateway.settings.cache_s if is_shareable else 0
+    cache_s = await call.gateway.cache_s(spec) if is_shareable else 0
     key = call.idempotency_key
     terms = choose_terms(body, job, spec, idempotency_key=key, is_promised=is_promised, cache_s=cache_s)
     return keep_for_others(job, terms), terms

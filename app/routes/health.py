@@ -78,8 +78,9 @@ async def metrics(gateway: GatewayDep) -> Response:
 
 async def refresh(gateway: Gateway) -> None:
     try:
-        depths = await gateway.broker.depths(list(gateway.catalog))
-        gateway.metrics.set_queue(depths, await gateway.broker.workers())
+        workers = await gateway.broker.workers()
+        told = {status.model for worker in workers for status in worker.models}
+        gateway.metrics.set_queue(await gateway.broker.depths(sorted(told.union(gateway.catalog))), workers)
         gateway.metrics.redis_up.set(1)
     except BrokerUnavailable:
         gateway.metrics.redis_up.set(0)

@@ -75,7 +75,7 @@ async def create_image(body: OpenAIImageRequest, request: Request, call: CallDep
     check_offered(body)
     gateway = call.gateway
     spec = gateway.find_model(body.model, call.caller)
-    job, terms = order(body, call, spec)
+    job, terms = await order(body, call, spec)
     async with contextlib.AsyncExitStack() as stack:
         entry = await stack.enter_async_context(enter(gateway, job, call.caller, terms))
         headers = sharing_headers(entry.submitted.origin, terms) | model_headers(spec)
@@ -84,7 +84,7 @@ async def create_image(body: OpenAIImageRequest, request: Request, call: CallDep
         return await draw_images(body, entry, gateway, request, headers)
 
 
-def order(body: OpenAIImageRequest, call: Call, spec: ModelSpec) -> tuple[Job, Terms]:
+async def order(body: OpenAIImageRequest, call: Call, spec: ModelSpec) -> tuple[Job, Terms]:
     """The longest wait is a deadline here: OpenAI's API has no way to come back for a picture."""
     settings, key = call.gateway.settings, call.idempotency_key
     is_promised = key is not None or body.response_format == "url"
@@ -95,7 +95,7 @@ def order(body: OpenAIImageRequest, call: Call, spec: ModelSpec) -> tuple[Job, T
         deadline_ms=earliest(body.deadline_ms, round(settings.sync_wait_s * 1000)),
         user=body.safety_identifier or body.user,
     )
-    cache_s = settings.cache_s
+    cache_s = await call.gateway.cache_s(spec)
     terms = choose_terms(body, job, spec, idempotency_key=key, is_promised=is_promised, cache_s=cache_s)
     return keep_for_others(job, terms), terms
 

@@ -8,6 +8,7 @@ from models.catalog.classes import ClassNames, UnknownClassError
 from models.catalog.reading import CATALOG_PATH, CatalogError, UnknownModelError, get_spec, load_catalog
 from models.catalog.specs import (
     BUNDLED_PATH,
+    MAX_LORA_WEIGHT,
     LoraSpec,
     ModelSpec,
     Range,
@@ -20,6 +21,7 @@ from models.catalog.specs import (
 __all__ = [
     "BUNDLED_PATH",
     "CATALOG_PATH",
+    "MAX_LORA_WEIGHT",
     "CatalogError",
     "ClassNames",
     "LoraSpec",

@@ -7,8 +7,11 @@ are the 1,000 of ImageNet-1k by their names in WordNet.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 IMAGENET = "imagenet"
@@ -51,6 +54,11 @@ class ClassNames:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ClassNames) and self._lines == other._lines
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Another one as soon as any name is another."""
+        return hashlib.sha256(json.dumps(self._lines).encode()).hexdigest()
 
     def names(self, number: int) -> list[str]:
         """Of one class, the usual one first."""

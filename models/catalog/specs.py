@@ -8,10 +8,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.catalog.classes import ClassNames, load_classes
 
+MAX_LORA_WEIGHT = 10.0  # either way
 BUNDLED_PATH = Path(__file__).parent.with_name("bundled")
 
 Size = tuple[int, int]
@@ -101,6 +102,14 @@ class StyleLora(_Entry):
     trigger: str = ""
     license: str
     license_note: str = ""
+
+    @field_validator("weight")
+    @classmethod
+    def _within_reach(cls, weight: Range) -> Range:
+        if weight.min < -MAX_LORA_WEIGHT or weight.max > MAX_LORA_WEIGHT:
+            allowed = f"-{MAX_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g}"
+            raise ValueError(f"min and max must be within {allowed}, got {weight.min:g} and {weight.max:g}")
+        return weight
 
 
 class StepRange(_Entry):
@@ -242,8 +251,9 @@ class ModelSpec(_Entry):
 
     @property
     def fingerprint(self) -> str:
-        """Another one as soon as anything in the entry, or in its LoRAs' entries, is another."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Another one as soon as anything in the entry, in its LoRAs' entries or among its classes is another."""
+        classes = "" if self.class_names is None else self.class_names.fingerprint
+        return hashlib.sha256(f"{self.model_dump_json()} {classes}".encode()).hexdigest()
 
     @property
     def public_revision(self) -> str:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import websockets
 
+from app.catalog import read_catalog
 from app.gateway import Gateway
 from app.live.protocol import SUBPROTOCOL
 from app.main import GatewayServer, bind, make_server
@@ -61,7 +62,7 @@ def start_api(redis_url: str) -> StartApi:
         # Without the cache: most tests ask for the same picture again, and want it drawn again.
         options = defaults | {"cache_s": 0} | overrides
         settings = GatewaySettings.load(redis_prefix=prefix, **options)
-        painter = Painter(settings.redis_url, prefix)
+        painter = Painter(settings.redis_url, prefix, read_catalog(settings))
         async with contextlib.AsyncExitStack() as stack:
             if has_worker:
                 await stack.enter_async_context(running(painter.run()))

@@ -8,7 +8,8 @@ import json
 import math
 import struct
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -30,9 +31,11 @@ from broker.messages import (
     Superseded,
     TerminalEvent,
     Timings,
+    WarmModel,
     WorkerInfo,
 )
 from broker.redis_broker import RedisBroker
+from models.catalog import ModelSpec, load_catalog
 from tests.jobs import make_warm
 
 MODEL = "mini-lcm"
@@ -62,7 +65,7 @@ class Painter:
     It takes whatever there is, unless `max_running` bounds what it holds, as a real worker's batch does.
     """
 
-    def __init__(self, url: str, prefix: str) -> None:
+    def __init__(self, url: str, prefix: str, catalog: Mapping[str, ModelSpec] | None = None) -> None:
         self.worker_id = f"painter-{uuid.uuid4().hex[:8]}"
         self.gate = asyncio.Event()
         self.gate.set()
@@ -71,6 +74,7 @@ class Painter:
         self.max_batch_size = 8
         self.max_running: int | None = None
         self.model = MODEL
+        self.catalog = load_catalog() if catalog is None else catalog
         self.deliveries: list[Delivery] = []
         self.endings: list[TerminalEvent] = []
         self._broker = RedisBroker(url, prefix=prefix)
@@ -104,11 +108,16 @@ class Painter:
         self, state: Any = "ready", detail: str = "", statuses: tuple[ModelStatus, ...] | None = None
     ) -> None:
         """As a worker of its one model, or of those that `statuses` tell of."""
-        models = (make_warm(self.model, max_rows=self.max_batch_size),) if state == "ready" else ()
+        models = (self._warm_model(),) if state == "ready" else ()
         if statuses is None:
             statuses = (ModelStatus(self.model, "warm" if state == "ready" else "warming", detail),)
         info = WorkerInfo(self.worker_id, state, "cpu", "float32", models, 0, detail, statuses)
         await self._broker.register(info, ttl_s=60)
+
+    def _warm_model(self) -> WarmModel:
+        """As its own catalog has it; one that lacks it tells of no entry."""
+        warm, spec = make_warm(self.model, max_rows=self.max_batch_size), self.catalog.get(self.model)
+        return warm if spec is None else replace(warm, fingerprint=spec.fingerprint, loras=tuple(spec.loras))
 
     async def unregister(self) -> None:
         await self._broker.unregister(self.worker_id)

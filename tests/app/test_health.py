@@ -56,26 +56,34 @@ async def test_ready_and_not(start_api: StartApi) -> None:
 
 
 @pytest.mark.parametrize(
-    ("statuses", "state", "words"),
+    ("worker", "statuses", "state", "words"),
     [
-        ((), "cold", "no worker has it in its FEWSTEP_MODELS"),
-        ((ModelStatus("sd15-lcm", "waiting"),), "loading", "w has yet to load it"),
-        ((ModelStatus("sd15-lcm", "loading", "loading"),), "loading", "w loads it"),
-        ((ModelStatus("sd15-lcm", "warming", "64x64, batch 8"),), "loading", "w warms it"),
-        ((ModelStatus("sd15-lcm", "failed", "no such folder"),), "failed", "w failed to load it: no such folder"),
+        ("ready", (), "cold", "no worker has it in its FEWSTEP_MODELS"),
+        ("ready", (ModelStatus("sd15-lcm", "waiting"),), "loading", "w has yet to load it"),
+        ("ready", (ModelStatus("sd15-lcm", "loading", "loading"),), "loading", "w loads it"),
+        ("ready", (ModelStatus("sd15-lcm", "warming", "64x64, batch 8"),), "loading", "w warms it"),
+        ("starting", (ModelStatus("sd15-lcm", "warm"),), "loading", "w is about to serve it"),
+        ("draining", (ModelStatus("sd15-lcm", "waiting"),), "cold", "w is ending"),
+        ("draining", (ModelStatus("sd15-lcm", "warming"),), "cold", "w is ending"),
+        ("draining", (ModelStatus("sd15-lcm", "warm"),), "cold", "w is ending"),
+        (
+            *("ready", (ModelStatus("sd15-lcm", "failed", "no such folder"),)),
+            *("failed", "w failed to load it: no such folder"),
+        ),
     ],
 )
 async def test_a_model_that_is_not_warm_is_refused_with_words(
-    api: Api, statuses: tuple[ModelStatus, ...], state: str, words: str
+    api: Api, worker: str, statuses: tuple[ModelStatus, ...], state: str, words: str
 ) -> None:
-    await api.painter.register(statuses=statuses)
+    await api.painter.register(worker, statuses=statuses)
     api.gateway.fleet._fresh_until = 0
     words = words.replace("w ", f"{api.painter.worker_id} ", 1) if words.startswith("w ") else words
+    others = "mini-lcm" if worker == "ready" else "none"
     card = (await api.http.get("/v1/models/sd15-lcm")).json()
     assert (card["ready"], card["state"], card["state_detail"]) == (False, state, words)
     answer = await api.http.post("/v1/generations", json={"prompt": "a", "model": "sd15-lcm"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_not_ready")
-    assert answer.json()["error"]["message"] == f"no worker keeps sd15-lcm warm: {words}; warm now: mini-lcm"
+    assert answer.json()["error"]["message"] == f"no worker keeps sd15-lcm warm: {words}; warm now: {others}"
     assert int(answer.headers["retry-after-ms"]) > 0
 
 

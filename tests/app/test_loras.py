@@ -89,6 +89,12 @@ def test_what_the_model_does_not_allow(
     assert (caught.value.param, caught.value.code) == (param, code or "invalid_value")
 
 
+def test_a_model_without_any_names_the_field_in_the_same_way(spec: ModelSpec) -> None:
+    with pytest.raises(InvalidRequest, match="'ink' is not allowed; mini-lcm has no style LoRAs") as caught:
+        check_loras(choices({"name": "ink"}), spec.model_copy(update={"loras": {}}))
+    assert (caught.value.param, caught.value.code) == ("loras.0.name", "lora_not_found")
+
+
 def test_a_prompt_without_the_trigger_is_told(spec: ModelSpec) -> None:
     both = (LoraWeight("clay", 1.0), LoraWeight("ink", 1.0))
     assert lora_warnings(make_params(prompt=PROMPT, loras=both), spec) == ()
@@ -102,6 +108,23 @@ async def test_the_answer_tells_what_was_used(api: Api) -> None:
     assert answer["state"] == "completed", answer
     assert answer["parameters"]["loras"] == [{"name": "clay", "weight": 0.5}, {"name": "ink", "weight": 0.8}]
     assert answer["warnings"] == ["loras: ink works best with 'ink style' in the prompt"]
+
+
+async def test_one_that_no_worker_took_over_is_refused_with_words(api: Api) -> None:
+    painter, spec = api.painter, api.painter.catalog["mini-lcm"]
+    painter.catalog = {"mini-lcm": spec.model_copy(update={"loras": {"clay": spec.loras["clay"]}})}
+    await painter.register()
+    api.gateway.fleet._fresh_until = 0
+    answers = [
+        await api.http.post("/v1/generations", json={"prompt": PROMPT, "loras": [{"name": name} for name in names]})
+        for names in ([], ["clay"], ["ink", "clay"])
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 503]
+    error = answers[-1].json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_ready", "loras")
+    assert error["message"].startswith("no worker that keeps mini-lcm warm has taken over the LoRAs clay, ink: ")
+    assert "SIGHUP" in error["message"]
+    assert int(answers[-1].headers["retry-after-ms"]) > 0
 
 
 async def test_what_is_wrong_is_named(api: Api) -> None:

@@ -85,6 +85,27 @@ def test_what_the_model_does_not_allow(spec: ModelSpec, values: dict[str, Any], 
     assert len(str(caught.value)) < 250
 
 
+@pytest.mark.parametrize(
+    ("guidance", "limits", "scale", "words"),
+    [
+        ("classifier-free", (0, 0, 2), 3.0, "0 to 2: few-step models need no guidance, and oversaturate with more"),
+        ("classifier-free", (1, 1, 2), 0.5, "1 to 2: it follows the prompt too loosely with less"),
+        ("classifier-free", (7.5, 2, 12), 1.0, "2 to 12: it follows the prompt too loosely with less"),
+        ("classifier-free", (7.5, 2, 12), 13.0, "2 to 12: it oversaturates with more"),
+        ("embedded", (8, 3, 13), 1.0, "3 to 13: the scale is an input of its network"),
+        ("none", (0, 0, 0), 2.0, "allows 0: it was distilled without guidance"),
+    ],
+)
+def test_why_a_guidance_scale_is_out_of_range(
+    spec: ModelSpec, guidance: str, limits: tuple[float, float, float], scale: float, words: str
+) -> None:
+    default, least, most = limits
+    allowed = Range(default=default, min=least, max=most)
+    own = spec.model_copy(update={"guidance": guidance, "guidance_scale": allowed})
+    with pytest.raises(InvalidRequest, match=words):
+        complete(fields(guidance_scale=scale), own, DEFAULTS)
+
+
 def test_sizes_from_one_side(wide_spec: ModelSpec) -> None:
     assert complete(fields(width=640), wide_spec, DEFAULTS).height == 448
     assert complete(fields(height=640), wide_spec, DEFAULTS).width == 448

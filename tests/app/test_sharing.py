@@ -55,6 +55,17 @@ async def test_bytes_and_json_share_a_picture(shared: Api) -> None:
     assert (await shared.http.get(json.json()["images"][0]["url"])).content == image.content
 
 
+@pytest.mark.parametrize("path", [NATIVE, OPENAI])
+async def test_what_a_worker_draws_by_another_entry_is_not_shared(shared: Api, path: str) -> None:
+    painter, ours = shared.painter, shared.painter.catalog
+    painter.catalog = {"mini-lcm": ours["mini-lcm"].model_copy(update={"description": "new"})}
+    for catalog, status in ((painter.catalog, "fewstep; fwd=bypass"), (ours, "fewstep; fwd=miss")):
+        painter.catalog = catalog
+        await painter.register()
+        shared.gateway.fleet._fresh_until = 0
+        assert (await post(shared, APPLE, path)).headers["Cache-Status"] == status
+
+
 @pytest.mark.parametrize(
     "change", [{"seed": 8}, {"prompt": "a red apple!"}, {"num_inference_steps": 3}, {"output_quality": 10}]
 )

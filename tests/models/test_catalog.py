@@ -107,6 +107,15 @@ def test_a_copy_has_the_classes_that_it_names(tmp_path: Path) -> None:
     assert load_catalog(write(tmp_path, CONSISTENCY))["small"] == spec
 
 
+def test_other_classes_in_the_same_file_make_it_another_entry(tmp_path: Path) -> None:
+    classes, fingerprints = tmp_path / "classes.txt", set()
+    for names in ("cat\ndog\n", "dog\ncat\n", "dog\ncat\n"):
+        classes.write_text(names, encoding="utf-8")
+        own = CONSISTENCY.replace('"imagenet"', f'"{classes}"')
+        fingerprints.add(load_catalog(write(tmp_path, own))["small"].fingerprint)
+    assert len(fingerprints) == 2
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -153,6 +162,12 @@ def test_a_style_lora_belongs_to_the_models_that_it_names(tmp_path: Path) -> Non
         ('["small"]', '["big"]', r"\[loras.ink\] models: unknown model 'big', there are small"),
         ('license = "MIT"', "", r"\[loras.ink\] license: Field required"),
         ('"MIT"', '"MIT"\nwieght = 3', r"\[loras.ink\] wieght: Extra inputs are not permitted; known are name, "),
+        (
+            '"MIT"',
+            '"MIT"\nweight = { default = 1, min = 0, max = 11 }',
+            r"\[loras.ink\] weight: .*-10 to 10, got 0 and 11",
+        ),
+        ('"MIT"', '"MIT"\nweight = { default = 1, min = -20, max = 2 }', r"weight: .*-10 to 10, got -20 and 2"),
         ('"MIT"', '"MIT"\nweight_name = "x.bin"', r"\[loras.ink\] weight_name: .*safetensors.*got 'x.bin'"),
     ],
 )

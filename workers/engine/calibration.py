@@ -67,8 +67,7 @@ def warm_up_in_turns(engine: Engine, model: str, report: Progress = lambda _: No
     yield from _try_loras(runner, report)
     runner.forget_prompts()
     revision = runner.pipeline.revision
-    runner.warm_model = WarmModel(spec.name, revision, spec.max_batch_size, text_ms, tuple(sizes))
-    return runner.warm_model
+    return runner.set_warm(WarmModel(spec.name, revision, spec.max_batch_size, text_ms, tuple(sizes)))
 
 
 def batch_sizes(spec: ModelSpec, device: torch.device) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -106,6 +106,14 @@ class ModelRunner:
         Requests under way keep the LoRAs that they have."""
         self.pipeline.update(spec)
         self.forget_prompts()
+        if self.warm_model is not None:
+            self.set_warm(self.warm_model)
+
+    def set_warm(self, measured: WarmModel) -> WarmModel:
+        """What was measured, and by which entry it draws now."""
+        spec = self.pipeline.spec
+        self.warm_model = replace(measured, fingerprint=spec.fingerprint, loras=tuple(spec.loras))
+        return self.warm_model
 
     def forget_prompts(self) -> None:
         self._prompts.clear()

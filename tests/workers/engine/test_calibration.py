@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from models.catalog import ModelSpec
+from models.catalog import ModelSpec, StyleLora
 from models.loading import load_pipeline
 from models.pipeline import FewStepPipeline
 from workers.engine import Engine
@@ -41,6 +42,17 @@ def test_each_warm_size_is_proven_and_measured(spec: ModelSpec) -> None:
     engine = Engine({"small": ModelRunner(load_pipeline(both, torch.device("cpu"), torch.float32))})
     sizes = warm_up(engine, "small").sizes
     assert [(costs.width, costs.height) for costs in sizes] == [(32, 32), (48, 32)]
+
+
+def test_it_tells_by_which_entry_it_draws_before_and_after_a_reload(spec: ModelSpec) -> None:
+    ink = StyleLora(name="ink", description="ink", source="nobody/ink", models=["small"], license="MIT")
+    loaded = spec.model_copy(update={"max_batch_size": 4, "max_num_images": 1, "loras": {}})
+    runner = ModelRunner(load_pipeline(loaded, torch.device("cpu"), torch.float32))
+    warm = warm_up(Engine({"small": runner}), "small")
+    assert (warm.fingerprint, warm.loras) == (loaded.fingerprint, ())
+    now = loaded.model_copy(update={"loras": {"ink": ink}})
+    runner.update(now)
+    assert runner.warm_model == replace(warm, fingerprint=now.fingerprint, loras=("ink",))
 
 
 @pytest.mark.parametrize(
