@@ -7,6 +7,7 @@ not layers that are added. Merged LoRAs cost nothing per step, and the network s
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from models.lora_files import Factors, Lora, LoraReader
 from models.networks import LoadError
 
 MAX_RESIDENT = 16
+RETRY_S = 5.0
 
 Merge = tuple[Mapping[str, Factors], float]  # layer -> its change, and how strong
 
@@ -67,6 +69,7 @@ class StyleLoras:
         self._reader = reader
         self._max_resident = max_resident
         self._resident: OrderedDict[str, Future[Lora]] = OrderedDict()
+        self._tried_s: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loras")
 
     @property
@@ -110,13 +113,19 @@ class StyleLoras:
         return tuple((choice.lora.number, choice.weight) for choice in chosen if choice.lora.touches_text)
 
     def _reading(self, name: str) -> Future[Lora]:
-        known = self._resident.get(name)
-        if known is None or (known.done() and known.exception() is not None):  # the file may have been mended
+        if name not in self._resident or self._may_try_again(name):
             self._resident[name] = self._start_reading(name)
+            self._tried_s[name] = time.monotonic()
         self._resident.move_to_end(name)
         while len(self._resident) > self._max_resident:
             self._resident.popitem(last=False)
         return self._resident[name]
+
+    def _may_try_again(self, name: str) -> bool:
+        """A file that can't be read may have been mended. Reading it for every request would hold up the others."""
+        reading = self._resident[name]
+        has_failed = reading.done() and reading.exception() is not None
+        return has_failed and time.monotonic() >= self._tried_s[name] + RETRY_S
 
     def _start_reading(self, name: str) -> Future[Lora]:
         if self._reader is not None and name in self._entries:

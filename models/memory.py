@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -63,8 +64,17 @@ def estimate(
     total = sum(weights.values())
     working = _working_bytes(spec, dtype, total)
     if spec.loras:  # the copy of what they change: at most the largest network again, which is the UNet
-        working += max(weights.values(), default=0)
+        working += max(weights.values(), default=0) + _lora_bytes(spec, lock_file)
     return Estimate(total - shared, shared, working, frozenset(shareable))
+
+
+def _lora_bytes(spec: ModelSpec, lock_file: Path) -> int:
+    """Of the style LoRAs' files that are here: as many as may be resident, they stay beside the weights."""
+    num_bytes = 0
+    for name in spec.loras:
+        with contextlib.suppress(SourceError):
+            num_bytes += locate(spec, f"loras.{name}", lock_file=lock_file, only_look=True).path.stat().st_size
+    return num_bytes
 
 
 def _working_bytes(spec: ModelSpec, dtype: str, weights: int) -> int:

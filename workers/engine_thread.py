@@ -15,6 +15,7 @@ from workers.engine import Engine, EngineOutput
 
 logger = logging.getLogger(__name__)
 
+MAX_TURN_S = 3600.0  # files of a large model may come over a slow line
 REST_FACTOR = 3  # beside requests, what else there is to do takes at most a fourth of the device's time
 Command = Callable[[Engine], None]
 
@@ -79,8 +80,8 @@ class EngineThread:
             self._thread.join(timeout_s)
 
     def is_stalled(self, max_stall_s: float) -> bool:
-        """Whether the current step has run longer than any step should. An idle engine makes progress all the time; how
-        long a turn of a model that isn't warm may take, nobody knows."""
+        """Whether the current step has run longer than any step should. An idle engine makes progress all the time; a
+        turn of a model that isn't warm may take `MAX_TURN_S` longer."""
         return time.monotonic() - self.last_progress_s > max_stall_s
 
     def _run(self) -> None:
@@ -98,7 +99,7 @@ class EngineThread:
             if outputs := engine.step():
                 self._on_outputs(outputs)
             if not turns.are_over:
-                self.last_progress_s = math.inf
+                self.last_progress_s = time.monotonic() + MAX_TURN_S
                 turns.take(is_busy=engine.has_work)
                 self.last_progress_s = time.monotonic()
 

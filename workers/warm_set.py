@@ -102,6 +102,10 @@ class MemoryBudget:
         self._taken[spec.name] = needed
         return needed
 
+    def record(self, model: str, num_bytes: int) -> None:
+        """What a model of unknown size was seen to take."""
+        self._taken[model] = Estimate(num_bytes, shared=0, working=0, networks=frozenset())
+
     def release(self, model: str) -> None:
         self._taken.pop(model, None)
 
@@ -182,7 +186,10 @@ class WarmSet:
             needed = budget.reserve(member.spec, self._dtype_of(member.spec))
             before = used_bytes(self._device)
             member.runner = self._load(member.spec)
-            self._note_memory(member, needed, used_bytes(self._device) - before)
+            measured = max(0, used_bytes(self._device) - before)
+            if needed is None:
+                budget.record(member.spec.name, measured)
+            self._note_memory(member, needed, measured)
         except Exception as error:  # noqa: BLE001 - whatever one model's files raise, the others go on
             reason = explain(error)
         if reason is not None:  # the error is gone by now, and with its frames all that they held

@@ -253,7 +253,7 @@ class Worker:
         runner.observe_prompts = self.metrics.observe_prompts
         runner.observe_check = self.metrics.observe_check
         self.metrics.watch_loras(runner.pipeline.spec.name, runner)
-        logger.info("ready: %s on %s in %s", runner.pipeline.spec.name, self._device, self._dtype)
+        logger.info("ready: %s on %s in %s", runner.pipeline.spec.name, self._device, _name_of(runner.pipeline.dtype))
 
     def _report(self, model: str, detail: str) -> None:
         self._detail = f"{model}: {detail}"

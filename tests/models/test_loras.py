@@ -318,12 +318,17 @@ def test_a_new_entry_is_known_to_a_running_pipeline(shelf: StyleLoras, base: Pat
     shelf.use(())
 
 
-def test_a_file_that_was_mended_is_read_again(shelf: StyleLoras, tmp_path: Path) -> None:
+def test_a_file_that_was_mended_is_read_again_after_a_while(
+    shelf: StyleLoras, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:100])
     with pytest.raises(LoadError):
         shelf.use(shelf.fetch([("a", 1.0)]))
     path.write_bytes(content)
+    with pytest.raises(LoadError):
+        shelf.use(shelf.fetch([("a", 1.0)]))
+    monkeypatch.setattr("models.loras.RETRY_S", 0.0)
     assert shelf.use(shelf.fetch([("a", 1.0)]))
     shelf.use(())

@@ -111,3 +111,19 @@ def test_a_damaged_file_counts_as_large_as_it_is(tmp_path: Path) -> None:
 def test_it_needs_no_torch() -> None:
     code = "import sys, models.memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_files_of_style_loras_count(tmp_path: Path) -> None:
+    spec = small_spec(tmp_path, lora=None)
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    entry: dict[str, Any] = {"description": "d", "models": ["small"], "license": "MIT"}
+    ink = StyleLora(name="ink", source=str(file.parent), **entry)
+    lost = StyleLora(name="lost", source=str(tmp_path / "nowhere"), **entry)
+
+    def working(**loras: StyleLora) -> int:
+        needed = estimate(spec.model_copy(update={"loras": loras}), "float32")
+        assert needed is not None
+        return needed.working
+
+    assert working(ink=ink) - working(lost=lost) == file.stat().st_size
+    assert working(ink=ink, lost=lost) == working(ink=ink)

@@ -326,3 +326,11 @@ def test_the_log_keeps_the_folders_that_the_registry_leaves_out(
     assert "gone" in device.detail("lost")
     assert str(tmp_path) not in device.detail("lost")
     assert str(tmp_path / "gone") in caplog.text
+
+
+def test_a_model_of_unknown_size_takes_what_it_was_seen_to_take() -> None:
+    budget = MemoryBudget(CPU, 1.0)
+    budget.record("small", GIB // 4)
+    assert budget.left == 0.75 * GIB
+    budget.release("small")
+    assert budget.left == GIB

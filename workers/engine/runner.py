@@ -65,6 +65,7 @@ class ModelRunner:
         self._prompts: OrderedDict[PromptKey, Conditioning] = OrderedDict()
         self._decoder = decoder_for(pipeline.device)
         self._previews = PreviewBudget()
+        self._used_loras: tuple[ChosenLora, ...] = ()
         self._last_step: Any = None  # a torch.cuda.Event
 
     def max_rows(self, size: Size) -> int:
@@ -83,12 +84,17 @@ class ModelRunner:
 
     def use_loras(self, loras: tuple[ChosenLora, ...]) -> None:
         """All that follows is computed with these. Raises LoadError for one that can't be read."""
-        started_s = time.perf_counter()
+        if loras != self._used_loras:
+            self._finish_launched()  # else the step under way would count as part of the switch
+        started_s, self._used_loras = time.perf_counter(), loras
         if self.pipeline.loras.use(loras):
-            if self.pipeline.device.type == "cuda":  # else the time would be that of the launches
-                torch.cuda.current_stream(self.pipeline.device).synchronize()
+            self._finish_launched()
             self.switch_s = time.perf_counter() - started_s
             self.observe_switch(self.switch_s)
+
+    def _finish_launched(self) -> None:
+        if self.pipeline.device.type == "cuda":
+            torch.cuda.current_stream(self.pipeline.device).synchronize()
 
     def prepare(self, requests: Sequence[RequestState]) -> None:
         """Encodes the prompts of new requests in one batch and draws the noise of each. All have the same LoRAs."""
