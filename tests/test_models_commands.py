@@ -330,6 +330,22 @@ def test_an_endpoint_that_is_no_hub(desk: Desk) -> None:
     assert_one_clear_line(desk.models("pull", "big"), "acme/sd", desk.hub.url, "doesn't answer as a Hub", status=1)
 
 
+@pytest.mark.parametrize("name", [UNET, "unet/config.json"])
+def test_a_checksum_that_is_a_path_touches_nothing(desk: Desk, name: str) -> None:
+    mine = desk.root / "mine.txt"
+    mine.write_text("mine", encoding="utf-8")
+    desk.hub.ids[name] = str(mine)
+    assert_one_clear_line(desk.models("pull", "big"), "acme/sd", "doesn't answer as a Hub", name, str(mine), status=1)
+    assert mine.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("sha", ["../../../../elsewhere", "main", "A" * 40])
+def test_a_commit_that_is_none(desk: Desk, sha: str) -> None:
+    desk.hub.sha = sha
+    assert_one_clear_line(desk.models("pull", "big"), "acme/sd", "doesn't answer as a Hub", sha, status=1)
+    assert desk.hub.sent == set()
+
+
 def test_a_disk_that_is_too_small(desk: Desk) -> None:
     desk.hub.claims[UNET] = 10**18
     result = desk.models("pull", "big")

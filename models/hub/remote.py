@@ -7,6 +7,7 @@ of the process, goes on from where it was. Nothing gets into the cache before it
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,13 +30,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from models.hub.cache import PARTIAL_SUFFIX, Digest, Snapshot, digest_of, repository_folder
+from models.hub.cache import COMMIT, PARTIAL_SUFFIX, Digest, Snapshot, digest_of, repository_folder
 from models.hub.errors import SourceError
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 4  # in a row, without a byte between them
 BUSY = (408, 429, 502, 503, 504)
+BLOB_ID = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 Advance = Callable[[int], None]
 
@@ -77,17 +79,24 @@ def look_up(repository: str, revision: str | None) -> Listing:
     with _explained(repository, revision):
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
         files = {file.rfilename: _remote_file(file) for file in info.siblings or ()}
-        if info.sha is None:
-            raise ValueError("no commit is named")
+        if info.sha is None or not COMMIT.fullmatch(info.sha):
+            raise ValueError(f"{info.sha!r} is no commit")
     return Listing(repository, info.sha, files)
 
 
 def _remote_file(file: RepoSibling) -> RemoteFile:
     if file.lfs is not None:
-        return RemoteFile(file.lfs.size, file.lfs.sha256, file.lfs.sha256)
+        return RemoteFile(file.lfs.size, _checked_id(file, file.lfs.sha256), file.lfs.sha256)
     if file.size is None or file.blob_id is None:
         raise ValueError(f"{file.rfilename} has no size or checksum")
-    return RemoteFile(file.size, file.blob_id)
+    return RemoteFile(file.size, _checked_id(file, file.blob_id))
+
+
+def _checked_id(file: RepoSibling, blob_id: str) -> str:
+    """The id becomes a path in the cache: nothing but hex digits may name a file there."""
+    if not BLOB_ID.fullmatch(blob_id):
+        raise ValueError(f"{file.rfilename} has the checksum {blob_id!r}")
+    return blob_id
 
 
 class Cancelled(Exception):
