@@ -243,6 +243,20 @@ def test_the_lock_keeps_a_commit_until_an_update(desk: Desk, tmp_path: Path) -> 
     assert set(desk.locked["acme/sd"]["files"]) == NEEDED
 
 
+def test_only_what_the_hub_says_of_a_branch_is_noted_as_its_commit(desk: Desk) -> None:
+    desk.pull("big")
+    old, new = desk.locked["acme/sd"]["commit"], desk.hub.commit("acme/sd", make_files(NEEDED | OTHERS, version=2))
+    ref = desk.root / "hf" / "hub" / "models--acme--sd" / "refs" / "main"
+    assert ref.read_text(encoding="utf-8") == old
+    ref.write_text(new, encoding="utf-8")  # as another tool leaves it
+    desk.pull("big")
+    assert ref.read_text(encoding="utf-8") == new
+    desk.files()[UNET].unlink()  # now the Hub is asked, for the locked commit
+    desk.pull("big")
+    assert (desk.locked["acme/sd"]["commit"], ref.read_text(encoding="utf-8")) == (old, new)
+    assert [path.name for path in ref.parent.iterdir()] == ["main"]
+
+
 def test_an_entry_that_asks_for_a_revision(desk: Desk) -> None:
     tagged = desk.hub.commit("acme/sd", make_files(NEEDED, version=3), branch="v3")
     desk.write_catalog(write_entry("big", extra='revision = "v3"'), write_entry("newest"))

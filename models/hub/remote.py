@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from models.hub.cache import COMMIT, PARTIAL_SUFFIX, Digest, Snapshot, digest_of, repository_folder
+from models.hub.cache import COMMIT, DEFAULT_REVISION, PARTIAL_SUFFIX, Digest, Snapshot, digest_of, repository_folder
 from models.hub.errors import SourceError
 
 logger = logging.getLogger(__name__)
@@ -63,11 +63,12 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A repository's files at one commit."""
+    """A repository's files at one commit. `revision` is what the Hub was asked for, if it was asked."""
 
     repository: str
     commit: str
     files: dict[str, RemoteFile]
+    revision: str | None = None
 
     @property
     def snapshot(self) -> Snapshot:
@@ -81,7 +82,7 @@ def look_up(repository: str, revision: str | None) -> Listing:
         files = {file.rfilename: _remote_file(file) for file in info.siblings or ()}
         if info.sha is None or not COMMIT.fullmatch(info.sha):
             raise ValueError(f"{info.sha!r} is no commit")
-    return Listing(repository, info.sha, files)
+    return Listing(repository, info.sha, files, revision or DEFAULT_REVISION)
 
 
 def _remote_file(file: RepoSibling) -> RemoteFile:
