@@ -430,6 +430,16 @@ print("torch" in sys.modules)
     assert desk.hub.sent == NEEDED | TINY | {LORA}
 
 
+@pytest.mark.parametrize(("answer", "status"), [(503, 1), (404, 78)])
+def test_a_worker_is_started_again_only_where_the_hub_may_come_back(
+    desk: Desk, redis_url: str, answer: int, status: int
+) -> None:
+    desk.hub.status = answer
+    settings = {"FEWSTEP_MODELS": "big", "FEWSTEP_REDIS_URL": redis_url, "FEWSTEP_REDIS_PREFIX": desk.root.name}
+    result = fewstep("worker", **desk.environment, **settings)
+    assert (result.returncode, "acme/sd" in result.stderr) == (status, True), result.stderr
+
+
 def test_list_and_show_say_what_is_here(desk: Desk) -> None:
     assert re.search(r"big +sd +4 \(1-8\) +32x32 \+ 1 +not here +nothing +MIT", desk.models("list").stdout)
     assert "acme/sd is not on this machine: fewstep models pull big" in desk.models("show", "big").stdout

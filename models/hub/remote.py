@@ -31,7 +31,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from models.hub.cache import COMMIT, DEFAULT_REVISION, PARTIAL_SUFFIX, Digest, Snapshot, digest_of, repository_folder
-from models.hub.errors import SourceError
+from models.hub.errors import HubUnavailable, SourceError
 
 logger = logging.getLogger(__name__)
 
@@ -204,13 +204,15 @@ def _explained(repository: str, revision: str | None, name: str | None = None) -
     except RemoteEntryNotFoundError as error:
         raise SourceError(f"{what}: there is no such file at {revision}") from error
     except HfHubHTTPError as error:
-        raise SourceError(f"{what}: {ENDPOINT} answered {_status(error)}") from error
+        is_passing = error.response.status_code in BUSY or error.response.status_code >= 500
+        kind = HubUnavailable if is_passing else SourceError
+        raise kind(f"{what}: {ENDPOINT} answered {_status(error)}") from error
     except HFValidationError as error:
         raise SourceError(f"{repository!r} is neither a folder nor the name of a repository on the Hub") from error
     except OfflineModeIsEnabled as error:
         raise SourceError(f"{what} can't be fetched while HF_HUB_OFFLINE is set") from error
     except httpx2.HTTPError as error:
-        raise SourceError(f"{what}: can't reach {ENDPOINT}: {error or type(error).__name__}") from error
+        raise HubUnavailable(f"{what}: can't reach {ENDPOINT}: {error or type(error).__name__}") from error
     except OSError as error:
         raise SourceError(f"{what}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
