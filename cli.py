@@ -170,16 +170,16 @@ def worker() -> None:
     from broker.settings import SettingsError
     from models.catalog import CatalogError
     from workers.settings import WorkerSettings
-    from workers.warm_set import NothingToServe
+    from workers.warm_set import NothingForNow, NothingToServe
     from workers.worker import EngineLost
 
     configure_logging()
     try:
         asyncio.run(_run_worker(WorkerSettings.load()))
+    except (BrokerError, NothingForNow) as error:
+        fail(str(error), status=1)
     except (SettingsError, NothingToServe, CatalogError) as error:
         fail(str(error))
-    except BrokerError as error:
-        fail(str(error), status=1)
     except EngineLost as error:
         say(f"fewstep: {error}", "bold red")
         os._exit(1)  # a normal end would wait for the engine's thread

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 from commands.console import configure_logging, console, fail, format_bytes, say
 from models.catalog import ModelSpec
 from models.hub.cache import free_bytes
-from models.hub.lockfile import Lock, check_writable, lock_key, read_lock, write_lock
+from models.hub.lockfile import Lock, add_to_lock, check_writable, lock_key, read_lock
 from models.hub.needs import Need, needs_of
 from models.hub.pull import Planner, Progress, Wanted, fetch
 from models.sources import local_path, locate
@@ -84,7 +84,7 @@ def _fetch_all(plan: Mapping[str, Wanted], lock: Lock, lock_file: Path) -> Lock:
     with _show_progress(sizes) as progress:
         for key, wanted in plan.items():
             lock = fetch(wanted, lock, partial(_of_repository, progress, key))
-            write_lock(lock_file, lock)
+            add_to_lock(lock_file, key, lock.repositories[key])
     return lock
 
 

@@ -65,7 +65,8 @@ class Hub:
 
     `breaks` are files whose connection dies after so many bytes, once, and with `ends_with_break` every later request
     for the file is answered 500; `spoils` are files whose last byte comes wrong, `claims` files whose size is told
-    wrong; `status` is answered to everything if set.
+    wrong, and `ids` those whose checksum is; `sha` is told as every commit, and `status` answered to
+    everything, if set.
     """
 
     port: int
@@ -73,6 +74,8 @@ class Hub:
     breaks: dict[str, int] = field(default_factory=dict)
     spoils: set[str] = field(default_factory=set)
     claims: dict[str, int] = field(default_factory=dict)
+    ids: dict[str, str] = field(default_factory=dict)
+    sha: str | None = None
     ends_with_break: bool = False
     refused: set[str] = field(default_factory=set)
     status: int | None = None
@@ -165,13 +168,21 @@ class _Handler(BaseHTTPRequestHandler):
         commit, files = found
         siblings = [self._describe_file(name, file) for name, file in files.items()]
         gated = "auto" if self.hub.repositories[name].is_gated else False
-        info = {"_id": "1", "id": name, "sha": commit, "private": False, "gated": gated, "siblings": siblings}
+        info = {
+            "_id": "1",
+            "id": name,
+            "sha": self.hub.sha or commit,
+            "private": False,
+            "gated": gated,
+            "siblings": siblings,
+        }
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _describe_file(self, name: str, file: File) -> dict[str, Any]:
         size = self.hub.claims.get(name, len(file.content))
-        lfs = {"lfs": {"sha256": file.sha256, "size": size, "pointerSize": 134}} if file.is_large else {}
-        return {"rfilename": name, "size": size, "blobId": file.git_id} | lfs
+        sha256, git_id = (self.hub.ids.get(name, true) for true in (file.sha256, file.git_id))
+        lfs = {"lfs": {"sha256": sha256, "size": size, "pointerSize": 134}} if file.is_large else {}
+        return {"rfilename": name, "size": size, "blobId": git_id} | lfs
 
     def _resolve(self, path: str, token: str | None) -> None:
         name, _, rest = path.partition("/resolve/")

@@ -243,6 +243,20 @@ def test_the_lock_keeps_a_commit_until_an_update(desk: Desk, tmp_path: Path) -> 
     assert set(desk.locked["acme/sd"]["files"]) == NEEDED
 
 
+def test_only_what_the_hub_says_of_a_branch_is_noted_as_its_commit(desk: Desk) -> None:
+    desk.pull("big")
+    old, new = desk.locked["acme/sd"]["commit"], desk.hub.commit("acme/sd", make_files(NEEDED | OTHERS, version=2))
+    ref = desk.root / "hf" / "hub" / "models--acme--sd" / "refs" / "main"
+    assert ref.read_text(encoding="utf-8") == old
+    ref.write_text(new, encoding="utf-8")  # as another tool leaves it
+    desk.pull("big")
+    assert ref.read_text(encoding="utf-8") == new
+    desk.files()[UNET].unlink()  # now the Hub is asked, for the locked commit
+    desk.pull("big")
+    assert (desk.locked["acme/sd"]["commit"], ref.read_text(encoding="utf-8")) == (old, new)
+    assert [path.name for path in ref.parent.iterdir()] == ["main"]
+
+
 def test_an_entry_that_asks_for_a_revision(desk: Desk) -> None:
     tagged = desk.hub.commit("acme/sd", make_files(NEEDED, version=3), branch="v3")
     desk.write_catalog(write_entry("big", extra='revision = "v3"'), write_entry("newest"))
@@ -330,6 +344,22 @@ def test_an_endpoint_that_is_no_hub(desk: Desk) -> None:
     assert_one_clear_line(desk.models("pull", "big"), "acme/sd", desk.hub.url, "doesn't answer as a Hub", status=1)
 
 
+@pytest.mark.parametrize("name", [UNET, "unet/config.json"])
+def test_a_checksum_that_is_a_path_touches_nothing(desk: Desk, name: str) -> None:
+    mine = desk.root / "mine.txt"
+    mine.write_text("mine", encoding="utf-8")
+    desk.hub.ids[name] = str(mine)
+    assert_one_clear_line(desk.models("pull", "big"), "acme/sd", "doesn't answer as a Hub", name, str(mine), status=1)
+    assert mine.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("sha", ["../../../../elsewhere", "main", "A" * 40])
+def test_a_commit_that_is_none(desk: Desk, sha: str) -> None:
+    desk.hub.sha = sha
+    assert_one_clear_line(desk.models("pull", "big"), "acme/sd", "doesn't answer as a Hub", sha, status=1)
+    assert desk.hub.sent == set()
+
+
 def test_a_disk_that_is_too_small(desk: Desk) -> None:
     desk.hub.claims[UNET] = 10**18
     result = desk.models("pull", "big")
@@ -398,6 +428,16 @@ print("torch" in sys.modules)
         "False",
     ]
     assert desk.hub.sent == NEEDED | TINY | {LORA}
+
+
+@pytest.mark.parametrize(("answer", "status"), [(503, 1), (404, 78)])
+def test_a_worker_is_started_again_only_where_the_hub_may_come_back(
+    desk: Desk, redis_url: str, answer: int, status: int
+) -> None:
+    desk.hub.status = answer
+    settings = {"FEWSTEP_MODELS": "big", "FEWSTEP_REDIS_URL": redis_url, "FEWSTEP_REDIS_PREFIX": desk.root.name}
+    result = fewstep("worker", **desk.environment, **settings)
+    assert (result.returncode, "acme/sd" in result.stderr) == (status, True), result.stderr
 
 
 def test_list_and_show_say_what_is_here(desk: Desk) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from broker.messages import ModelStatus, WarmModel
 from models.catalog import ModelSpec
+from models.hub.errors import HubUnavailable
 from models.hub.lockfile import LOCK_FILE
 from models.loading import LoadError
 from models.memory import GIB, Estimate, estimate
@@ -56,18 +57,23 @@ class NothingToServe(Exception):
     """Every model has failed; the message says why, a line for each."""
 
 
+class NothingForNow(NothingToServe):
+    """Every model has failed, and at least one of them only because the Hub was away: a new start may help."""
+
+
 class DoesNotFit(Exception):
     """The memory that is left is too small for the model; the message says what to change."""
 
 
 @dataclass(slots=True)
 class Member:
-    """One model of the set. `runner` is there from its loading on."""
+    """One model of the set. `runner` is there from its loading on; `lacks_hub` if it failed for want of the Hub."""
 
     spec: ModelSpec
     state: ModelState = ModelState.WAITING
     detail: str = ""
     runner: ModelRunner | None = None
+    lacks_hub: bool = False
 
     @property
     def status(self) -> ModelStatus:
@@ -166,7 +172,8 @@ class WarmSet:
                         return
         if not self.ready.done():
             reasons = (f"{member.spec.name}: {member.detail}" for member in self._members.values())
-            self.ready.set_exception(NothingToServe("\n".join(reasons)))
+            kind = NothingForNow if any(member.lacks_hub for member in self._members.values()) else NothingToServe
+            self.ready.set_exception(kind("\n".join(reasons)))
 
     def update(self, specs: Mapping[str, ModelSpec]) -> None:
         """Goes by other readings of the entries from now on; each is one that its loaded model can do."""
@@ -191,7 +198,7 @@ class WarmSet:
                 budget.record(member.spec.name, measured)
             self._note_memory(member, needed, measured)
         except Exception as error:  # noqa: BLE001 - whatever one model's files raise, the others go on
-            reason = explain(error)
+            reason, member.lacks_hub = explain(error), lacks_hub(error)
         if reason is not None:  # the error is gone by now, and with its frames all that they held
             self._fail(member, budget, reason)
         yield
@@ -260,6 +267,11 @@ class WarmSet:
 def without_folders(text: str) -> str:
     """What callers read: the files of this machine by their names alone. Repositories and addresses stay whole."""
     return FOLDERS.sub("", text)
+
+
+def lacks_hub(error: BaseException | None) -> bool:
+    """Whether it comes of a Hub that can't be reached now."""
+    return error is not None and (isinstance(error, HubUnavailable) or lacks_hub(error.__cause__))
 
 
 def explain(error: Exception) -> str:

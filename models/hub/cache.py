@@ -22,6 +22,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from models.hub.errors import SourceError
 from models.hub.lockfile import is_safe_name
+from models.hub.writing import write_whole
 
 COMMIT = re.compile("[0-9a-f]{40}")
 DEFAULT_REVISION = "main"
@@ -108,9 +109,10 @@ class Snapshot:
         """So that others who ask for the branch or tag without the network find this commit."""
         if revision == self.commit:
             return
-        ref = repository_folder(self.repository) / "refs" / revision
+        folder = repository_folder(self.repository)
+        ref = folder / "refs" / revision
         ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(self.commit, encoding="utf-8")
+        write_whole(ref, self.commit, by_way_of=folder)  # everything in refs/ counts as a branch
 
 
 def cached_commit(repository: str, revision: str | None) -> str | None:
@@ -119,7 +121,7 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
     if COMMIT.fullmatch(revision):
         return revision
     ref = repository_folder(repository) / "refs" / revision
-    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else None
+    return (ref.read_text(encoding="utf-8").strip() or None) if ref.is_file() else None
 
 
 def snapshots_of(repository: str) -> Iterator[Snapshot]:

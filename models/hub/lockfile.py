@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from models.hub.errors import SourceError
+from models.hub.writing import write_whole
 
 LOCK_FILE = Path("fewstep.lock")
 
@@ -84,9 +85,18 @@ def check_writable(path: Path) -> None:
 def write_lock(path: Path, lock: Lock) -> None:
     """Sorted, a line per value, and whole or not at all: it is made to be committed."""
     text = json.dumps(lock.model_dump(), indent=2, sort_keys=True) + "\n"
-    new = path.with_name(f".{path.name}.new")
     try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
+        write_whole(path, text)
+    except OSError as error:
+        raise SourceError(f"can't write the lock file {path}: {error.strerror}") from error
+
+
+def add_to_lock(path: Path, key: str, repository: LockedRepository) -> None:
+    """Adds to what the file holds by now: another pull may have written it since it was read. Raises SourceError."""
+    from huggingface_hub.utils import WeakFileLock
+
+    try:
+        with WeakFileLock(path.with_name(f".{path.name}.guard")):
+            write_lock(path, read_lock(path).with_files(key, repository.commit, repository.files))
     except OSError as error:
         raise SourceError(f"can't write the lock file {path}: {error.strerror}") from error

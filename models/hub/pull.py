@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 
-from models.hub.cache import DEFAULT_REVISION, Digest, digest_of
+from models.hub.cache import Digest, digest_of
 from models.hub.errors import SourceError
 from models.hub.lockfile import Lock, LockedFile, LockedRepository, lock_key
 from models.hub.needs import Need, select
@@ -137,7 +137,8 @@ def fetch(wanted: Wanted, lock: Lock, progress: Progress = lambda _name, _num_by
     """
     digests = {**wanted.digests, **dict(_download_all(wanted, progress))}
     listing = wanted.listing
-    listing.snapshot.note_revision(wanted.need.revision or DEFAULT_REVISION)
+    if listing.revision:  # the lock file's commit is not where the branch is
+        listing.snapshot.note_revision(listing.revision)
     files = {name: LockedFile(sha256=digest.sha256, size=digest.size) for name, digest in digests.items()}
     return lock.with_files(lock_key(listing.repository, wanted.need.revision), listing.commit, files)
 

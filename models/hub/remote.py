@@ -7,6 +7,7 @@ of the process, goes on from where it was. Nothing gets into the cache before it
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,13 +30,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from models.hub.cache import PARTIAL_SUFFIX, Digest, Snapshot, digest_of, repository_folder
-from models.hub.errors import SourceError
+from models.hub.cache import COMMIT, DEFAULT_REVISION, PARTIAL_SUFFIX, Digest, Snapshot, digest_of, repository_folder
+from models.hub.errors import HubUnavailable, SourceError
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 4  # in a row, without a byte between them
 BUSY = (408, 429, 502, 503, 504)
+BLOB_ID = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 Advance = Callable[[int], None]
 
@@ -61,11 +63,12 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A repository's files at one commit."""
+    """A repository's files at one commit. `revision` is what the Hub was asked for, if it was asked."""
 
     repository: str
     commit: str
     files: dict[str, RemoteFile]
+    revision: str | None = None
 
     @property
     def snapshot(self) -> Snapshot:
@@ -77,17 +80,24 @@ def look_up(repository: str, revision: str | None) -> Listing:
     with _explained(repository, revision):
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
         files = {file.rfilename: _remote_file(file) for file in info.siblings or ()}
-        if info.sha is None:
-            raise ValueError("no commit is named")
-    return Listing(repository, info.sha, files)
+        if info.sha is None or not COMMIT.fullmatch(info.sha):
+            raise ValueError(f"{info.sha!r} is no commit")
+    return Listing(repository, info.sha, files, revision or DEFAULT_REVISION)
 
 
 def _remote_file(file: RepoSibling) -> RemoteFile:
     if file.lfs is not None:
-        return RemoteFile(file.lfs.size, file.lfs.sha256, file.lfs.sha256)
+        return RemoteFile(file.lfs.size, _checked_id(file, file.lfs.sha256), file.lfs.sha256)
     if file.size is None or file.blob_id is None:
         raise ValueError(f"{file.rfilename} has no size or checksum")
-    return RemoteFile(file.size, file.blob_id)
+    return RemoteFile(file.size, _checked_id(file, file.blob_id))
+
+
+def _checked_id(file: RepoSibling, blob_id: str) -> str:
+    """The id becomes a path in the cache: nothing but hex digits may name a file there."""
+    if not BLOB_ID.fullmatch(blob_id):
+        raise ValueError(f"{file.rfilename} has the checksum {blob_id!r}")
+    return blob_id
 
 
 class Cancelled(Exception):
@@ -194,13 +204,15 @@ def _explained(repository: str, revision: str | None, name: str | None = None) -
     except RemoteEntryNotFoundError as error:
         raise SourceError(f"{what}: there is no such file at {revision}") from error
     except HfHubHTTPError as error:
-        raise SourceError(f"{what}: {ENDPOINT} answered {_status(error)}") from error
+        is_passing = error.response.status_code in BUSY or error.response.status_code >= 500
+        kind = HubUnavailable if is_passing else SourceError
+        raise kind(f"{what}: {ENDPOINT} answered {_status(error)}") from error
     except HFValidationError as error:
         raise SourceError(f"{repository!r} is neither a folder nor the name of a repository on the Hub") from error
     except OfflineModeIsEnabled as error:
         raise SourceError(f"{what} can't be fetched while HF_HUB_OFFLINE is set") from error
     except httpx2.HTTPError as error:
-        raise SourceError(f"{what}: can't reach {ENDPOINT}: {error or type(error).__name__}") from error
+        raise HubUnavailable(f"{what}: can't reach {ENDPOINT}: {error or type(error).__name__}") from error
     except OSError as error:
         raise SourceError(f"{what}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from models.hub.errors import SourceError
-from models.hub.lockfile import Lock, LockedFile, lock_key, read_lock, write_lock
+from models.hub.lockfile import Lock, LockedFile, LockedRepository, add_to_lock, lock_key, read_lock, write_lock
 
 ONE, TWO = "1" * 40, "2" * 40
 FILE = LockedFile(sha256="a" * 64, size=3)
@@ -54,3 +55,25 @@ def test_a_broken_one_is_named(tmp_path: Path, text: str, message: str) -> None:
 def test_a_place_that_can_not_be_written(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"can't write the lock file .*no/fewstep.lock: No such file or directory"):
         write_lock(tmp_path / "no" / "fewstep.lock", Lock())
+
+
+def test_those_who_add_at_once_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    path, repository = tmp_path / "fewstep.lock", LockedRepository(commit=ONE, files={"x": FILE})
+    keys = [f"a/{number}" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: add_to_lock(path, key, repository), keys))
+    assert set(read_lock(path).repositories) == set(keys)
+
+
+def test_what_another_added_meanwhile_stays(tmp_path: Path) -> None:
+    path = tmp_path / "fewstep.lock"
+    write_lock(path, Lock().with_files("b/b", TWO, {"y": FILE}).with_files("a/a", ONE, {"z": FILE}))
+    add_to_lock(path, "a/a", LockedRepository(commit=ONE, files={"x": FILE}))
+    locked = read_lock(path).repositories
+    assert {key: set(value.files) for key, value in locked.items()} == {"a/a": {"x", "z"}, "b/b": {"y"}}
+
+
+def test_a_place_that_nothing_can_be_added_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match=r"can't write the lock file .*fewstep.lock: "):
+        add_to_lock(tmp_path / "file" / "fewstep.lock", "a/a", LockedRepository(commit=ONE, files={}))
