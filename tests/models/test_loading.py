@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from models.catalog import LoraSpec, ModelSpec, get_spec, load_catalog
 from models.loading import LoadError, load_diffusers, load_pipeline
 from tests.single_file import write_single_file
 from tests.small_models import small_sdxl_spec, small_spec
+from tests.style_loras import Format, write_lora
 
 CPU = torch.device("cpu")
 
@@ -126,6 +128,35 @@ def test_a_lora_of_another_architecture(own_spec: ModelSpec) -> None:
     save_file({name: torch.cat([tensor, tensor]) for name, tensor in load_file(path).items()}, path)
     with pytest.raises(LoadError, match="small: can't fuse the LoRA"):
         load_pipeline(own_spec, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("unet.", "transformer.", r"transformer\.\S+ belongs to none of unet, text_encoder"),
+        ("unet.mid_block", "unet.middle", r"it is for another architecture: the model has no layer unet\.middle\.\S+"),
+    ],
+)
+def test_a_lora_that_diffusers_would_fuse_in_part(own_spec: ModelSpec, old: str, new: str, reason: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    assert own_spec.lora is not None
+    path = Path(own_spec.lora.source) / own_spec.lora.weight_name
+    layers = load_file(path)
+    assert 0 < sum(key.startswith(old) for key in layers)
+    save_file({re.sub(rf"^{re.escape(old)}", new, key): tensor for key, tensor in layers.items()}, path)
+    with pytest.raises(LoadError, match=f"small: can't fuse the LoRA {path}: {reason}"):
+        load_pipeline(own_spec, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("form", ["peft", "diffusers", "kohya"])
+def test_a_lora_may_touch_every_layer_of_the_unet(own_spec: ModelSpec, form: Format) -> None:
+    """As LCM-LoRAs do: attention, convolutions, embeddings of the timestep."""
+    assert own_spec.lora is not None
+    path = Path(own_spec.lora.source) / own_spec.lora.weight_name
+    write_lora(path, Path(own_spec.source), {"unet": ".*"}, form, alpha=2.0)
+    without = draw(own_spec.model_copy(update={"lora": None}))
+    assert np.abs(draw(own_spec) - without).max() > 5
 
 
 def test_a_network_without_all_its_weights(own_spec: ModelSpec) -> None:
