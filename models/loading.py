@@ -121,7 +121,10 @@ class _Loader:
 
     def pipeline(self, cuda_graphs: bool, max_loras: int) -> FewStepPipeline:
         with self._told():
-            pipe = self._load_pipe()
+            return self._build(self._load_pipe(), cuda_graphs, max_loras)
+
+    def _build(self, pipe: Any, cuda_graphs: bool, max_loras: int) -> FewStepPipeline:
+        with explained(f"can't build its {self._family.kind.__name__}"):
             return self._family.kind(
                 self._spec,
                 self._device,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.catalog import LoraSpec, ModelSpec, get_spec, load_catalog
+from models.catalog import LoraSpec, ModelSpec, SchedulerSpec, get_spec, load_catalog
 from models.loading import LoadError, load_diffusers, load_pipeline
 from tests.single_file import write_single_file
 from tests.small_models import small_sdxl_spec, small_spec
@@ -194,6 +194,23 @@ def test_a_truncated_single_file(spec: ModelSpec, tmp_path: Path) -> None:
     broken = spec.model_copy(update={"source": str(path), "config": spec.source})
     with pytest.raises(LoadError, match=rf"small: {path} is not a sound safetensors file"):
         load_pipeline(broken, CPU, torch.float32)
+
+
+def test_a_single_file_without_a_decoder(spec: ModelSpec, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "everything.safetensors"
+    write_single_file(Path(spec.source), path)
+    save_file({key: value for key, value in load_file(path).items() if "first_stage_model" not in key}, path)
+    partial = spec.model_copy(update={"source": str(path), "config": spec.source})
+    with pytest.raises(LoadError, match=rf"small: can't load StableDiffusionPipeline from {path} by .*AutoencoderKL"):
+        load_pipeline(partial, CPU, torch.float32)
+
+
+def test_a_scheduler_that_diffusers_cannot_make(spec: ModelSpec) -> None:
+    wrong = {"lcm": SchedulerSpec(class_name="LCMScheduler", config={"beta_schedule": "foo"})}
+    with pytest.raises(LoadError, match="small: can't build its StableDiffusion: foo is not implemented"):
+        load_pipeline(spec.model_copy(update={"schedulers": wrong}), CPU, torch.float32)
 
 
 def test_another_decoder_takes_the_place_of_the_folders_own(spec: ModelSpec, tmp_path: Path) -> None:

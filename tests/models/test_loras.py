@@ -131,6 +131,10 @@ def without_ups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if "lora_B" not in key}
 
 
+def flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor[0] if "lora_B" in key else tensor for key, tensor in tensors.items()}
+
+
 FIRST = r"down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1\.to_\w"
 DAMAGES: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
     (
@@ -144,6 +148,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
     (renamed("lora_A.weight", "lora_magnitude_vector"), r"it is a DoRA; only plain LoRAs are supported"),
     (renamed("lora_A.weight", "lokr_w1"), r"it is a LoKr; only plain LoRAs are supported"),
     (without_ups, rf"{FIRST} has only one of its two factors"),
+    (flat, rf"the factors of unet\.{FIRST} are no matrices: they are \(4,\) and \(4, 32\)"),
     (lambda _: {}, r"it touches no layer"),
 ]
 
