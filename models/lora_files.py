@@ -181,7 +181,8 @@ def _fit(layer: str, up: Tensor, down: Tensor, scales: _Scales, shapes: Mapping[
         raise ValueError(f"it is for another architecture: the model has no layer {where}")
     if min(up.dim(), down.dim()) < 2:
         raise ValueError(f"the factors of {where} are no matrices: they are {tuple(up.shape)} and {tuple(down.shape)}")
-    factors = Factors(up.flatten(1), down.flatten(1), scales.find(layer, rank=len(down)))
+    # Copies: safetensors maps the file, which somebody may overwrite while the LoRA is in use.
+    factors = Factors(up.flatten(1).clone(), down.flatten(1).clone(), scales.find(layer, rank=len(down)))
     weight, change = shapes[layer], (len(factors.up), factors.down.shape[1])
     if change != (weight[0], weight[1:].numel()) or factors.up.shape[1] != len(factors.down):
         raise ValueError(

@@ -143,7 +143,7 @@ def test_a_lora_that_diffusers_would_fuse_in_part(own_spec: ModelSpec, old: str,
     assert own_spec.lora is not None
     path = Path(own_spec.lora.source) / own_spec.lora.weight_name
     layers = load_file(path)
-    assert 0 < sum(key.startswith(old) for key in layers)
+    assert sum(key.startswith(old) for key in layers) > 0
     save_file({re.sub(rf"^{re.escape(old)}", new, key): tensor for key, tensor in layers.items()}, path)
     with pytest.raises(LoadError, match=f"small: can't fuse the LoRA {path}: {reason}"):
         load_pipeline(own_spec, CPU, torch.float32)

@@ -116,6 +116,16 @@ def test_kohyas_files_for_sdxl_count_blocks_in_another_way(tmp_path: Path) -> No
     ]
 
 
+def test_what_was_read_stays_when_the_file_is_overwritten(
+    read: Callable[[Path], Lora], base: Path, tmp_path: Path
+) -> None:
+    path = write_lora(tmp_path / "ink.safetensors", base, {"unet": WITH_CONVOLUTIONS})
+    layers = read(path).networks["unet"]
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(factors.up.any() and factors.down.any() for factors in layers.values())
+
+
 # What can't be loaded
 
 
