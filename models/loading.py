@@ -121,7 +121,10 @@ class _Loader:
 
     def pipeline(self, cuda_graphs: bool, max_loras: int) -> FewStepPipeline:
         with self._told():
-            pipe = self._load_pipe()
+            return self._build(self._load_pipe(), cuda_graphs, max_loras)
+
+    def _build(self, pipe: Any, cuda_graphs: bool, max_loras: int) -> FewStepPipeline:
+        with explained(f"can't build its {self._family.kind.__name__}"):
             return self._family.kind(
                 self._spec,
                 self._device,
@@ -243,15 +246,18 @@ class _Loader:
         if self._lora is None or self._spec.lora is None:
             return
         with explained(f"can't fuse the LoRA {self._lora}"):
+            self._lora_reader(pipe).read_file(self._lora)  # diffusers only warns of layers that the networks lack
             pipe.load_lora_weights(self._lora.parent, weight_name=self._lora.name, use_safetensors=True)
             pipe.fuse_lora(lora_scale=self._spec.lora.scale)
             pipe.unload_lora_weights()
 
     def _style_loras(self, pipe: Any, max_resident: int) -> StyleLoras:
         """What requests may ask for. Nothing is read yet."""
-        networks = {name: pipe.components[name] for name in LORA_NETWORKS if pipe.components.get(name) is not None}
-        reader = LoraReader(self._spec, type(pipe), networks, self._lock_file)
+        networks, reader = _lora_networks(pipe), self._lora_reader(pipe)
         return StyleLoras(self._spec.name, self._spec.loras, self._device, networks, reader, max_resident)
+
+    def _lora_reader(self, pipe: Any) -> LoraReader:
+        return LoraReader(self._spec, type(pipe), _lora_networks(pipe), self._lock_file)
 
     @cached_property
     def _own_networks(self) -> frozenset[str]:
@@ -273,6 +279,10 @@ class _Loader:
 
     def _locate(self, part: str) -> Place:
         return locate(self._spec, part, lock_file=self._lock_file)
+
+
+def _lora_networks(pipe: Any) -> dict[str, Any]:
+    return {name: pipe.components[name] for name in LORA_NETWORKS if pipe.components.get(name) is not None}
 
 
 def _read_class_names(folder: Path) -> dict[str, str]:

@@ -91,14 +91,18 @@ class LoraReader:
         try:
             spec = self._spec.model_copy(update={"loras": {entry.name: entry}})
             path = locate(spec, f"loras.{entry.name}", lock_file=self._lock_file).path
-            check_weights(path)
             with explained(f"can't load the LoRA {path}"):
-                networks = dict(self._group(*self._translate(path)))
+                networks = self.read_file(path)
         except SourceError as error:
             raise LoadError(str(error)) from error
         except LoadError as error:
             raise LoadError(f"{self._spec.name}: loras.{entry.name}: {error}") from error
         return Lora(entry.name, networks, torch.device("cpu"))
+
+    def read_file(self, path: Path) -> dict[str, dict[str, Factors]]:
+        """Network -> layer -> factors. Raises LoadError where the file is damaged, ValueError where it doesn't fit."""
+        check_weights(path)
+        return dict(self._group(*self._translate(path)))
 
     def _translate(self, path: Path) -> Any:
         """diffusers' names and tensors, kohya's alphas, and PEFT's configuration where the file has one."""
@@ -175,7 +179,10 @@ def _fit(layer: str, up: Tensor, down: Tensor, scales: _Scales, shapes: Mapping[
     where = f"{scales.network}.{layer}"
     if layer not in shapes:
         raise ValueError(f"it is for another architecture: the model has no layer {where}")
-    factors = Factors(up.flatten(1), down.flatten(1), scales.find(layer, rank=len(down)))
+    if min(up.dim(), down.dim()) < 2:
+        raise ValueError(f"the factors of {where} are no matrices: they are {tuple(up.shape)} and {tuple(down.shape)}")
+    # Copies: safetensors maps the file, which somebody may overwrite while the LoRA is in use.
+    factors = Factors(up.flatten(1).clone(), down.flatten(1).clone(), scales.find(layer, rank=len(down)))
     weight, change = shapes[layer], (len(factors.up), factors.down.shape[1])
     if change != (weight[0], weight[1:].numel()) or factors.up.shape[1] != len(factors.down):
         raise ValueError(

@@ -14,6 +14,8 @@ import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 
+from models.hub.errors import SourceError
+
 CLASSES = {  # the networks that models are made of, and who has them
     "UNet2DConditionModel": "diffusers",
     "UNet2DModel": "diffusers",
@@ -117,12 +119,13 @@ def _load(class_name: str, folder: Path, dtype: torch.dtype, variant: str | None
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns what the libraries raise into one line. Memory that ran out is another story, told by whoever loads."""
+    """Turns whatever the libraries raise into one line. What is explained already stays as it is, and memory that ran
+    out is another story, told by whoever loads."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
+    except (LoadError, SourceError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise LoadError(f"{what}: {first_line(error)}") from error
 
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import diffusers
 import torch
 from torch import Tensor
 
 from models.catalog import SchedulerSpec
+
+SPACINGS = ("leading", "trailing", "linspace")  # of timesteps; some schedulers take any other word for one of these
+STEP_INPUTS = (
+    "self",
+    "model_output",
+    "timestep",
+    "sample",
+    "generator",
+    "noise",
+    "variance_noise",
+    "return_dict",
+)  # no settings
 
 
 class Schedule(Protocol):
@@ -31,12 +44,20 @@ class Schedule(Protocol):
 
 
 class ScheduleFactory:
-    """Makes the private schedulers of one catalog entry's scheduler from the model folder's own scheduler config."""
+    """Makes the private schedulers of one catalog entry's scheduler from the model folder's own scheduler config.
+
+    Raises ValueError for settings of the catalog that the scheduler hasn't got. A folder's config may have them: it was
+    written for another scheduler.
+    """
 
     def __init__(self, spec: SchedulerSpec, folder_config: dict[str, Any]) -> None:
         self._timesteps = spec.timesteps
-        self._template: Schedule = getattr(diffusers, spec.class_name).from_config(folder_config, **spec.config)
-        accepted = inspect.signature(self._template.step).parameters
+        scheduler_class = getattr(diffusers, spec.class_name)
+        accepted = inspect.signature(scheduler_class.step).parameters
+        _check_keys(spec, "config", inspect.signature(scheduler_class).parameters)
+        _check_keys(spec, "step", [key for key in accepted if key not in STEP_INPUTS])
+        _check_spacing(spec)
+        self._template: Schedule = scheduler_class.from_config(folder_config, **spec.config)
         self._prepared = lru_cache(maxsize=256)(self._set_timesteps)
         self.takes_generator = "generator" in accepted
         # As diffusers' pipelines do: eta 0 for whoever takes one, unless the catalog says else.
@@ -55,6 +76,20 @@ class ScheduleFactory:
         else:
             schedule.set_timesteps(num_inference_steps, device="cpu")
         return schedule
+
+
+def _check_keys(spec: SchedulerSpec, part: Literal["config", "step"], known: Iterable[str]) -> None:
+    names = sorted(known)
+    for key in getattr(spec, part):
+        if key not in names:
+            allowed = f"known are {', '.join(names)}" if names else "it takes none"
+            raise ValueError(f"{part}: {spec.class_name} has no {key!r}; {allowed}")
+
+
+def _check_spacing(spec: SchedulerSpec) -> None:
+    spacing = spec.config.get("timestep_spacing", SPACINGS[0])
+    if spacing not in SPACINGS:
+        raise ValueError(f"config: timestep_spacing {spacing!r} is none of {', '.join(SPACINGS)}")
 
 
 def predict_x0(schedule: Schedule, model_output: Tensor, timestep: Tensor, model_input: Tensor) -> Tensor:

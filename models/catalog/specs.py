@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from models.catalog.classes import ClassNames, load_classes
 
 MAX_LORA_WEIGHT = 10.0  # either way
+LATENT_UNIT = 8  # pixels on a side that one of a latent stands for, in Stable Diffusion and SDXL
 BUNDLED_PATH = Path(__file__).parent.with_name("bundled")
 
 Size = tuple[int, int]
@@ -186,6 +187,7 @@ class ModelSpec(_Entry):
             raise ValueError(f"default_scheduler {self.default_scheduler!r} is none of {', '.join(self.schedulers)}")
         if missing := [size for size in self.warm_sizes if size not in self.sizes]:
             raise ValueError(f"warm_sizes {missing} are not in sizes")
+        self._check_sizes()
         if self.warm_sizes[0] != self.sizes[0]:
             raise ValueError(f"warm_sizes must begin with the default size {self.sizes[0]}, got {self.warm_sizes[0]}")
         if self.guidance == "none" and self.guidance_scale.max > 1:
@@ -206,6 +208,12 @@ class ModelSpec(_Entry):
                 f"max_batch_size is {self.max_batch_size}"
             )
         return self
+
+    def _check_sizes(self) -> None:
+        """Latents are an eighth of the picture; the consistency family draws pixels."""
+        unit = 1 if self.family == "consistency" else LATENT_UNIT
+        if wrong := [size for size in self.sizes if any(side < unit or side % unit for side in size)]:
+            raise ValueError(f"sizes: positive multiples of {unit} are needed, got {list(wrong[0])}")
 
     def _check_consistency(self) -> None:
         """It draws pixels from class numbers: there is no decoder, no text encoder and nothing to guide."""

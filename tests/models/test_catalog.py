@@ -135,6 +135,20 @@ def test_errors_of_a_class_conditional_model(tmp_path: Path, old: str, new: str,
         load_catalog(write(tmp_path, CONSISTENCY.replace(old, new)))
 
 
+@pytest.mark.parametrize(
+    ("entry", "size", "message"),
+    [
+        (MINIMAL, "[64, 60]", r"sizes: positive multiples of 8 are needed, got \[64, 60\]"),
+        (MINIMAL, "[0, 64]", r"sizes: positive multiples of 8 are needed, got \[0, 64\]"),
+        (MINIMAL, "[-64, 64]", r"sizes: positive multiples of 8 are needed, got \[-64, 64\]"),
+        (CONSISTENCY, "[64, 0]", r"sizes: positive multiples of 1 are needed, got \[64, 0\]"),
+    ],
+)
+def test_sizes_are_those_that_the_family_can_draw(tmp_path: Path, entry: str, size: str, message: str) -> None:
+    with pytest.raises(CatalogError, match=rf"catalog\.toml: \[small\].*{message}"):
+        load_catalog(write(tmp_path, entry.replace("[64, 96]", size)))
+
+
 def test_rows_of_one_request_fit_its_batch(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="max_num_images 5 with guidance needs 10 rows, max_batch_size is 8"):
         load_catalog(write(tmp_path, MINIMAL.replace('"MIT"', '"MIT"\nmax_num_images = 5')))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.catalog import LoraSpec, ModelSpec, get_spec, load_catalog
+from models.catalog import LoraSpec, ModelSpec, SchedulerSpec, get_spec, load_catalog
 from models.loading import LoadError, load_diffusers, load_pipeline
 from tests.single_file import write_single_file
 from tests.small_models import small_sdxl_spec, small_spec
+from tests.style_loras import Format, write_lora
 
 CPU = torch.device("cpu")
 
@@ -128,6 +130,35 @@ def test_a_lora_of_another_architecture(own_spec: ModelSpec) -> None:
         load_pipeline(own_spec, CPU, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("unet.", "transformer.", r"transformer\.\S+ belongs to none of unet, text_encoder"),
+        ("unet.mid_block", "unet.middle", r"it is for another architecture: the model has no layer unet\.middle\.\S+"),
+    ],
+)
+def test_a_lora_that_diffusers_would_fuse_in_part(own_spec: ModelSpec, old: str, new: str, reason: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    assert own_spec.lora is not None
+    path = Path(own_spec.lora.source) / own_spec.lora.weight_name
+    layers = load_file(path)
+    assert sum(key.startswith(old) for key in layers) > 0
+    save_file({re.sub(rf"^{re.escape(old)}", new, key): tensor for key, tensor in layers.items()}, path)
+    with pytest.raises(LoadError, match=f"small: can't fuse the LoRA {path}: {reason}"):
+        load_pipeline(own_spec, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("form", ["peft", "diffusers", "kohya"])
+def test_a_lora_may_touch_every_layer_of_the_unet(own_spec: ModelSpec, form: Format) -> None:
+    """As LCM-LoRAs do: attention, convolutions, embeddings of the timestep."""
+    assert own_spec.lora is not None
+    path = Path(own_spec.lora.source) / own_spec.lora.weight_name
+    write_lora(path, Path(own_spec.source), {"unet": ".*"}, form, alpha=2.0)
+    without = draw(own_spec.model_copy(update={"lora": None}))
+    assert np.abs(draw(own_spec) - without).max() > 5
+
+
 def test_a_network_without_all_its_weights(own_spec: ModelSpec) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -163,6 +194,23 @@ def test_a_truncated_single_file(spec: ModelSpec, tmp_path: Path) -> None:
     broken = spec.model_copy(update={"source": str(path), "config": spec.source})
     with pytest.raises(LoadError, match=rf"small: {path} is not a sound safetensors file"):
         load_pipeline(broken, CPU, torch.float32)
+
+
+def test_a_single_file_without_a_decoder(spec: ModelSpec, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "everything.safetensors"
+    write_single_file(Path(spec.source), path)
+    save_file({key: value for key, value in load_file(path).items() if "first_stage_model" not in key}, path)
+    partial = spec.model_copy(update={"source": str(path), "config": spec.source})
+    with pytest.raises(LoadError, match=rf"small: can't load StableDiffusionPipeline from {path} by .*AutoencoderKL"):
+        load_pipeline(partial, CPU, torch.float32)
+
+
+def test_a_scheduler_that_diffusers_cannot_make(spec: ModelSpec) -> None:
+    wrong = {"lcm": SchedulerSpec(class_name="LCMScheduler", config={"beta_schedule": "foo"})}
+    with pytest.raises(LoadError, match="small: can't build its StableDiffusion: foo is not implemented"):
+        load_pipeline(spec.model_copy(update={"schedulers": wrong}), CPU, torch.float32)
 
 
 def test_another_decoder_takes_the_place_of_the_folders_own(spec: ModelSpec, tmp_path: Path) -> None:

@@ -116,6 +116,16 @@ def test_kohyas_files_for_sdxl_count_blocks_in_another_way(tmp_path: Path) -> No
     ]
 
 
+def test_what_was_read_stays_when_the_file_is_overwritten(
+    read: Callable[[Path], Lora], base: Path, tmp_path: Path
+) -> None:
+    path = write_lora(tmp_path / "ink.safetensors", base, {"unet": WITH_CONVOLUTIONS})
+    layers = read(path).networks["unet"]
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(factors.up.any() and factors.down.any() for factors in layers.values())
+
+
 # What can't be loaded
 
 
@@ -131,6 +141,10 @@ def without_ups(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if "lora_B" not in key}
 
 
+def flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor[0] if "lora_B" in key else tensor for key, tensor in tensors.items()}
+
+
 FIRST = r"down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1\.to_\w"
 DAMAGES: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
     (
@@ -144,6 +158,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
     (renamed("lora_A.weight", "lora_magnitude_vector"), r"it is a DoRA; only plain LoRAs are supported"),
     (renamed("lora_A.weight", "lokr_w1"), r"it is a LoKr; only plain LoRAs are supported"),
     (without_ups, rf"{FIRST} has only one of its two factors"),
+    (flat, rf"the factors of unet\.{FIRST} are no matrices: they are \(4,\) and \(4, 32\)"),
     (lambda _: {}, r"it touches no layer"),
 ]
 

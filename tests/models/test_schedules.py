@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import get_args
+from typing import Any, get_args
 
 import diffusers
 import pytest
 import torch
 
-from models.catalog import SchedulerSpec
+from models.catalog import SchedulerSpec, load_catalog
 from models.catalog.specs import TAKES_TIMESTEPS, SchedulerClass
 from models.schedules import ScheduleFactory, predict_x0
 
@@ -84,6 +84,40 @@ def test_eta_is_zero_unless_the_catalog_says_else() -> None:
     spec = SchedulerSpec(class_name="TCDScheduler", step={"eta": 0.3})
     assert ScheduleFactory(spec, FOLDER).step_arguments == {"eta": 0.3}
     assert ScheduleFactory(SchedulerSpec(class_name="LCMScheduler"), FOLDER).step_arguments == {}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "changes", "message"),
+    [
+        (
+            "LCMScheduler",
+            {"config": {"timestep_spacin": "trailing"}},
+            "config: LCMScheduler has no 'timestep_spacin'; .*",
+        ),
+        ("TCDScheduler", {"step": {"etta": 0.3}}, "step: TCDScheduler has no 'etta'; known are eta$"),
+        ("LCMScheduler", {"step": {"eta": 0.3}}, "step: LCMScheduler has no 'eta'; it takes none"),
+        ("DDIMScheduler", {"step": {"sample": 0}}, "step: DDIMScheduler has no 'sample'"),
+        (
+            "EulerDiscreteScheduler",
+            {"config": {"timestep_spacing": "even"}},
+            "'even' is none of leading, trailing, lin",
+        ),
+    ],
+)
+def test_settings_that_a_scheduler_has_not_got(class_name: str, changes: dict[str, Any], message: str) -> None:
+    spec = SchedulerSpec.model_validate({"class_name": class_name} | changes)
+    with pytest.raises(ValueError, match=message):
+        ScheduleFactory(spec, FOLDER)
+
+
+def test_a_folder_may_have_settings_of_another_scheduler() -> None:
+    ScheduleFactory(SchedulerSpec(class_name="LCMScheduler"), FOLDER | {"skip_prk_steps": True})
+
+
+def test_every_scheduler_of_the_shipped_catalog_takes_its_settings() -> None:
+    for spec in load_catalog().values():
+        for scheduler in spec.schedulers.values():
+            ScheduleFactory(scheduler, {})
 
 
 def test_an_unknown_prediction_type_is_named() -> None:
