@@ -18,8 +18,6 @@ PROMPT = "a red apple on a blue background"
 LIVE_URL = re.compile(r"/v1/live$")
 # Of two drawings of one request in half precision, see docs/performance.md.
 MAX_DIFFERENCE, MAX_MEAN_DIFFERENCE = 16, 1.0
-# Where one was drawn in company and one alone, a single pixel of an edge may be further off.
-MAX_DIFFERENCE_IN_COMPANY = 64
 
 
 def shows_final(page: Page, prompt: str) -> None:
@@ -77,10 +75,10 @@ def pixels(data: bytes) -> npt.NDArray[np.int16]:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.int16)
 
 
-def assert_same_picture(one: bytes, other: bytes, max_difference: int = MAX_DIFFERENCE) -> None:
+def assert_same_picture(one: bytes, other: bytes) -> None:
     difference = np.abs(pixels(one) - pixels(other))
+    assert difference.max() <= MAX_DIFFERENCE
     assert difference.mean() <= MAX_MEAN_DIFFERENCE
-    assert difference.max() <= max_difference
 
 
 class FakeServer:

@@ -11,7 +11,6 @@ from playwright.sync_api import Page, WebSocketRoute, expect
 
 from tests.web.conftest import OpenPage
 from tests.web.pages import (
-    MAX_DIFFERENCE_IN_COMPANY,
     PROMPT,
     FakeServer,
     assert_same_picture,
@@ -394,4 +393,4 @@ def test_two_tabs_never_see_each_others_pictures(open_page: OpenPage) -> None:
         alone = open_page(state="#seed=5")
         alone.keyboard.insert_text(prompt)
         shows_refined(alone, prompt)
-        assert_same_picture(file, downloaded(alone)[1], MAX_DIFFERENCE_IN_COMPANY)
+        assert_same_picture(file, downloaded(alone)[1])
