@@ -26,8 +26,9 @@ def shows_final(page: Page, prompt: str) -> None:
 
 
 def shows_refined(page: Page, prompt: str) -> None:
-    expect(page.locator("#stage")).to_have_attribute("data-refined", "true")
-    shows_final(page, prompt)
+    """All at once: a pause while typing refines the words before, and then the quick picture of the last ones comes."""
+    picture = page.locator(f"#picture[aria-label={json.dumps(prompt)}]")
+    expect(page.locator("#stage[data-state=final][data-refined=true]", has=picture)).to_be_attached()
 
 
 def shows_color(page: Page, color: list[int]) -> None:
