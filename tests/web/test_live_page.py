@@ -385,7 +385,7 @@ def test_two_tabs_never_see_each_others_pictures(open_page: OpenPage) -> None:
         for page, letter in zip(pages, letters, strict=True):
             page.keyboard.type(letter)
     for page, prompt in zip(pages, words, strict=True):
-        page.locator("#prompt").fill(prompt)
+        page.keyboard.type(prompt[min(map(len, words)) :])  # what is whole already would be drawn once more
         shows_refined(page, prompt)
     assert frames[0] & frames[1] == {""}
     files = [downloaded(page)[1] for page in pages]
