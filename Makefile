@@ -37,16 +37,16 @@ bench: $(VENV)/.dev  ## Measure the service beside diffusers and two other serve
 	$(BIN)/python -m benchmarks.service
 
 train: $(VENV)/.dev  ## Make the bundled model anew, in two to three hours; an interrupted run goes on where it stopped
-	test -e $(RUNS)/latents/scenes.json || $(BIN)/python -m models.training.latents --out $(RUNS)/latents
-	$(BIN)/python -m models.training.teacher --latents $(RUNS)/latents --out $(RUNS)/teacher
-	$(BIN)/python -m models.training.autoencoder --latents $(RUNS)/latents --out $(RUNS)/autoencoder
+	test -e $(RUNS)/latents/scenes.json || $(BIN)/python -m models.training.mini.latents --out $(RUNS)/latents
+	$(BIN)/python -m models.training.mini.teacher --latents $(RUNS)/latents --out $(RUNS)/teacher
+	$(BIN)/python -m models.training.mini.autoencoder --latents $(RUNS)/latents --out $(RUNS)/autoencoder
 	$(BIN)/python -m models.training.lcm --latents $(RUNS)/latents --teacher $(RUNS)/teacher --out $(RUNS)/lcm
-	$(BIN)/python -m models.training.export --autoencoder $(RUNS)/autoencoder --teacher $(RUNS)/teacher --lcm $(RUNS)/lcm
-	$(BIN)/python -m models.training.evaluate --out $(RUNS)/figures --card models/training/cards/mini-sd.md
+	$(BIN)/python -m models.training.mini.export --autoencoder $(RUNS)/autoencoder --teacher $(RUNS)/teacher --lcm $(RUNS)/lcm
+	$(BIN)/python -m models.training.mini.evaluate --out $(RUNS)/figures --card models/training/mini/cards/mini-sd.md
 	for style in neon sketch; do \
-		$(BIN)/python -m models.training.style $$style --out $(RUNS)/$$style --ship models/bundled && \
-		$(BIN)/python -m models.training.evaluate_style $$style --out $(RUNS)/figures/$$style \
-			--card models/training/cards/mini-$$style.md || exit 1; \
+		$(BIN)/python -m models.training.mini.style $$style --out $(RUNS)/$$style --ship models/bundled && \
+		$(BIN)/python -m models.training.mini.evaluate_style $$style --out $(RUNS)/figures/$$style \
+			--card models/training/mini/cards/mini-$$style.md || exit 1; \
 	done
 
 clean:  ## Remove the virtual environment

@@ -30,8 +30,8 @@ from benchmarks.report import write_report
 from broker.messages import Delivery
 from models.catalog import BUNDLED_PATH, ModelSpec, SchedulerSpec, get_spec, load_catalog
 from models.loading import load_pipeline
-from models.training.recognizer import MIN_CONTRAST, ColorNamer, Recognizer, sharpness
-from models.training.reference import Reference, load_reference
+from models.training.mini.recognizer import MIN_CONTRAST, ColorNamer, Recognizer, sharpness
+from models.training.mini.reference import Reference, load_reference
 from workers.engine import Engine, Finished
 from workers.engine.engine import run_until_done
 from workers.engine.runner import ModelRunner

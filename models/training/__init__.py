@@ -1,1 +1,1 @@
-"""Training of the miniature model: data, autoencoders, teacher, LCM-LoRA distillation, evaluation, export."""
+"""Model making: distillation of few-step models, and, in `mini`, the miniatures that ship."""

@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.training.diffusion import NUM_TIMESTEPS, Diffusion
-from models.training.latents import LatentCache
-from models.training.teacher import CAPTION_DROPOUT, CaptionedLatents
+from models.training.mini.latents import LatentCache
+from models.training.mini.teacher import CAPTION_DROPOUT, CaptionedLatents
+from models.training.mini.vocabulary import load_vocabulary
 from models.training.trainer import Trainer, TrainSettings, autocast
-from models.training.vocabulary import load_vocabulary
 
 LORA_RANK = 12
 LORA_TARGETS = (

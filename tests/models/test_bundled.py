@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionPipeline
 
-from models.training.evaluate_style import look_distance
-from models.training.recognizer import ColorNamer, Recognizer
-from models.training.reference import Reference, load_reference
-from models.training.restyling import STYLES
+from models.training.mini.evaluate_style import look_distance
+from models.training.mini.recognizer import ColorNamer, Recognizer
+from models.training.mini.reference import Reference, load_reference
+from models.training.mini.restyling import STYLES
 
 BUNDLED = Path(__file__).parents[2] / "models" / "bundled"
 

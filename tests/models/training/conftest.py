@@ -3,11 +3,11 @@
 import pytest
 from transformers import CLIPTokenizer
 
-from models.training.latents import encode_scenes, fit_code
-from models.training.linear_code import LinearCode
-from models.training.teacher import CaptionedLatents
-from models.training.tokenizer import build_tokenizer
-from models.training.vocabulary import Vocabulary, load_vocabulary
+from models.training.mini.latents import encode_scenes, fit_code
+from models.training.mini.linear_code import LinearCode
+from models.training.mini.teacher import CaptionedLatents
+from models.training.mini.tokenizer import build_tokenizer
+from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 
 
 @pytest.fixture(scope="session")

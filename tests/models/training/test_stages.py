@@ -8,19 +8,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from models.training.autoencoder import (
+from models.training.lcm import Distiller, LcmSettings, save_lora
+from models.training.mini.autoencoder import (
     PictureSource,
     build_kl,
     build_tiny,
     train_kl,
     train_tiny,
 )
-from models.training.lcm import Distiller, LcmSettings, save_lora
-from models.training.linear_code import LinearCode
-from models.training.pixels import to_tensor
-from models.training.teacher import CaptionedLatents, build_text_encoder, build_unet, train_jointly, warm_up
+from models.training.mini.linear_code import LinearCode
+from models.training.mini.pixels import to_tensor
+from models.training.mini.teacher import CaptionedLatents, build_text_encoder, build_unet, train_jointly, warm_up
+from models.training.mini.vocabulary import Vocabulary
 from models.training.trainer import LOG, Trainer, TrainSettings
-from models.training.vocabulary import Vocabulary
 
 
 def settings(steps: int, rate: float = 3e-3) -> TrainSettings:

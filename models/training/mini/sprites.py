@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from models.training.vocabulary import Thing, Vocabulary
+from models.training.mini.vocabulary import Thing, Vocabulary
 
 FONT_FILE = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_SIZE = 109  # the only size that the font's bitmaps come in

@@ -2,10 +2,10 @@ import random
 
 import numpy as np
 
-from models.training.captions import Captioner, plain_caption
-from models.training.dataset import Composer, Scene, SceneSampler
-from models.training.recognizer import ColorNamer, Recognizer, background_noise
-from models.training.vocabulary import Vocabulary, load_vocabulary
+from models.training.mini.captions import Captioner, plain_caption
+from models.training.mini.dataset import Composer, Scene, SceneSampler
+from models.training.mini.recognizer import ColorNamer, Recognizer, background_noise
+from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 
 
 def test_every_name_means_one_thing() -> None:

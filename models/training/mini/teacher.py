@@ -4,7 +4,7 @@ First a warm-up of the text encoder (its end-of-text state regresses the latent)
 text encoder on v-prediction with zero terminal SNR (arXiv 2202.00512, 2305.08891). A tenth of the captions is left
 empty, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
-    python -m models.training.teacher --latents runs/latents --out runs/teacher
+    python -m models.training.mini.teacher --latents runs/latents --out runs/teacher
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from models.training.captions import Captioner
-from models.training.dataset import Scene
 from models.training.diffusion import Diffusion, draw_timesteps
-from models.training.latents import LatentCache
-from models.training.tokenizer import MAX_TOKENS, build_tokenizer, save_tokenizer
+from models.training.mini.captions import Captioner
+from models.training.mini.dataset import Scene
+from models.training.mini.latents import LatentCache
+from models.training.mini.tokenizer import MAX_TOKENS, build_tokenizer, save_tokenizer
+from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 from models.training.trainer import Trainer, TrainSettings, autocast
-from models.training.vocabulary import Vocabulary, load_vocabulary
 
 HIDDEN = 192
 LATENT_SIZE = 16

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.training.vocabulary import Vocabulary
+from models.training.mini.vocabulary import Vocabulary
 
 SHEET = "sprites.webp"
 INDEX = "reference.json"

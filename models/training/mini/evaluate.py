@@ -3,7 +3,7 @@
 Every row draws the same prompts with the same seeds. Two rows bound the measure (painted pictures, and those after
 the autoencoder), and the controls sample like the few-step model but without its distillation.
 
-    python -m models.training.evaluate --out runs/evaluation
+    python -m models.training.mini.evaluate --out runs/evaluation
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from models.training.captions import plain_caption
-from models.training.dataset import Composer, Layout, Pixels, Scene
-from models.training.pixels import to_pixels, to_tensor
-from models.training.recognizer import MIN_CONTRAST, ColorNamer, Recognizer, background_noise, sharpness
-from models.training.vocabulary import Vocabulary, load_vocabulary
+from models.training.mini.captions import plain_caption
+from models.training.mini.dataset import Composer, Layout, Pixels, Scene
+from models.training.mini.pixels import to_pixels, to_tensor
+from models.training.mini.recognizer import MIN_CONTRAST, ColorNamer, Recognizer, background_noise, sharpness
+from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
+BUNDLED = Path(__file__).parents[2] / "bundled"
 CARD_MARKS = ("<!-- evaluation: start -->", "<!-- evaluation: end -->")
 NUM_SHAPES = 48
 NUM_PAIRS = 96

@@ -1,6 +1,6 @@
 """Stage 1: latents. Fits the latent code and paints, once, the pictures that the denoiser learns from.
 
-python -m models.training.latents --out runs/latents
+python -m models.training.mini.latents --out runs/latents
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from models.training.dataset import Composer, Pixels, Scene, SceneSampler
-from models.training.linear_code import LinearCode
-from models.training.pixels import to_tensor
-from models.training.vocabulary import Vocabulary, load_vocabulary
+from models.training.mini.dataset import Composer, Pixels, Scene, SceneSampler
+from models.training.mini.linear_code import LinearCode
+from models.training.mini.pixels import to_tensor
+from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 
 CODE = "code.safetensors"
 LATENTS = "latents.safetensors"

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.training.dataset import Composer, Pixels
-from models.training.evaluate import Case, build_cases
-from models.training.evaluate_style import look_distance, restyled_judge
-from models.training.export import CARDS
-from models.training.restyling import STYLES
-from models.training.style import StyleTraining, restyled_latents, ship
-from models.training.teacher import CaptionedLatents, build_text_encoder
-from models.training.vocabulary import Vocabulary
+from models.training.mini.dataset import Composer, Pixels
+from models.training.mini.evaluate import Case, build_cases
+from models.training.mini.evaluate_style import look_distance, restyled_judge
+from models.training.mini.export import CARDS
+from models.training.mini.restyling import STYLES
+from models.training.mini.style import StyleTraining, restyled_latents, ship
+from models.training.mini.teacher import CaptionedLatents, build_text_encoder
+from models.training.mini.vocabulary import Vocabulary
 from tests.models.training.test_stages import assert_lower, settings, small_unet
 
 BUNDLED = Path(__file__).parents[3] / "models" / "bundled"

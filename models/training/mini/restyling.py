@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from models.training.dataset import Pixels
+from models.training.mini.dataset import Pixels
 
 Floats = npt.NDArray[np.float32]
 Restyle = Callable[[Pixels], Pixels]  # `"h w c"` to `"h w c"`

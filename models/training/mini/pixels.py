@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.training.dataset import Pixels
+from models.training.mini.dataset import Pixels
 
 
 def to_tensor(pictures: Sequence[Pixels]) -> Tensor:

@@ -4,7 +4,7 @@ Things are recognised twice: by the sprites as they are, which is right for pict
 that the style's program redrew, which is right for pictures with it. How far a picture is from a style is told by its
 look beside a painting of the same prompt, plain and restyled.
 
-    python -m models.training.evaluate_style neon --out runs/figures/neon
+    python -m models.training.mini.evaluate_style neon --out runs/figures/neon
 """
 
 from __future__ import annotations
@@ -22,13 +22,22 @@ import numpy.typing as npt
 import typer
 from PIL import Image
 
-from models.training.dataset import IMAGE_SIZE, RGB, Composer, Pixels
-from models.training.evaluate import Bench, Case, Judge, build_cases, contrasting_colors, draw, sheet, write_into_card
-from models.training.export import BUNDLED
-from models.training.recognizer import MIN_CONTRAST, background_color, sharpness
-from models.training.restyling import STYLES, Restyle
-from models.training.style import StyleName
-from models.training.vocabulary import Vocabulary, load_vocabulary
+from models.training.mini.dataset import IMAGE_SIZE, RGB, Composer, Pixels
+from models.training.mini.evaluate import (
+    Bench,
+    Case,
+    Judge,
+    build_cases,
+    contrasting_colors,
+    draw,
+    sheet,
+    write_into_card,
+)
+from models.training.mini.export import BUNDLED
+from models.training.mini.recognizer import MIN_CONTRAST, background_color, sharpness
+from models.training.mini.restyling import STYLES, Restyle
+from models.training.mini.style import StyleName
+from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 
 SPRITE_SHARE = 0.75  # of the picture's side, as the dataset paints a single thing
 HEAD = [
@@ -156,7 +165,7 @@ def evaluate(style: str, bundled: Path, out: Path) -> list[str]:
 
 
 def main(
-    style: Annotated[StyleName, typer.Argument(help="A style of models/training/restyling.py.")],
+    style: Annotated[StyleName, typer.Argument(help="A style of models/training/mini/restyling.py.")],
     out: Annotated[Path, typer.Option(help="Folder for the table and the sample sheets.")],
     bundled: Annotated[Path, typer.Option(help="Folder with the model folders.")] = BUNDLED,
     card: Annotated[Path | None, typer.Option(help="Model card whose table to replace, here and as shipped.")] = None,

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.training.dataset import Pixels
+from models.training.mini.dataset import Pixels
 
 SIDE = 16
 ANGLES = (-14.0, -7.0, 0.0, 7.0, 14.0)

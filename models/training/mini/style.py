@@ -4,7 +4,7 @@ Few-step sampling is no part of this training. By Luo et al. (arXiv 2311.05556, 
 distillation makes to the weights and the difference that a style makes add up: this LoRA beside the LCM-LoRA draws the
 style in four steps. The captions stay as they are, so that the LoRA's weight alone switches the style.
 
-    python -m models.training.style neon --out runs/neon --ship models/bundled
+    python -m models.training.mini.style neon --out runs/neon --ship models/bundled
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from models.training.dataset import Pixels
 from models.training.diffusion import Diffusion, draw_timesteps
-from models.training.export import BUNDLED, export_lora, shipment
-from models.training.latents import SCENES, Encode, LatentCache, encode_scenes
 from models.training.lcm import LORA_TARGETS, save_lora, with_lora
-from models.training.restyling import STYLES
-from models.training.teacher import CAPTION_DROPOUT, CaptionedLatents
+from models.training.mini.dataset import Pixels
+from models.training.mini.export import BUNDLED, export_lora, shipment
+from models.training.mini.latents import SCENES, Encode, LatentCache, encode_scenes
+from models.training.mini.restyling import STYLES
+from models.training.mini.teacher import CAPTION_DROPOUT, CaptionedLatents
+from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 from models.training.trainer import Trainer, TrainSettings, autocast
-from models.training.vocabulary import Vocabulary, load_vocabulary
 
 STYLE_RANK = 4
 # A style lies in colours and strokes: so the first and the last convolution, and not what depends on the timestep.
@@ -109,7 +109,7 @@ def ship(lora: Path, name: str, bundled: Path) -> None:
 
 
 def main(
-    style: Annotated[StyleName, typer.Argument(help="A style of models/training/restyling.py.")],
+    style: Annotated[StyleName, typer.Argument(help="A style of models/training/mini/restyling.py.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and results.")],
     base: Annotated[Path, typer.Option(help="The teacher, as exported.")] = BUNDLED / "mini-sd",
     ship_to: Annotated[Path | None, typer.Option("--ship", help="Folder to put the finished LoRA into.")] = None,

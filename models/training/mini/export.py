@@ -1,6 +1,6 @@
 """Stage 4: export. Gathers what the stages wrote into the folders that ship: Stable Diffusion's layout, fp16.
 
-python -m models.training.export --autoencoder runs/autoencoder --teacher runs/teacher --lcm runs/lcm
+python -m models.training.mini.export --autoencoder runs/autoencoder --teacher runs/teacher --lcm runs/lcm
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.training.diffusion import build_scheduler
-from models.training.reference import save_reference
-from models.training.sprites import draw_sprites
-from models.training.vocabulary import load_vocabulary
+from models.training.mini.reference import save_reference
+from models.training.mini.sprites import draw_sprites
+from models.training.mini.vocabulary import load_vocabulary
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
+BUNDLED = Path(__file__).parents[2] / "bundled"
 CARDS = Path(__file__).with_name("cards")
 MAX_BYTES = 20_000_000
 SOLVER_TIMESTEPS = 20

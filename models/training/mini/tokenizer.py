@@ -10,9 +10,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from models.training.captions import Captioner
-from models.training.dataset import SceneSampler
-from models.training.vocabulary import Vocabulary
+from models.training.mini.captions import Captioner
+from models.training.mini.dataset import SceneSampler
+from models.training.mini.vocabulary import Vocabulary
 
 MAX_TOKENS = 24
 WORD_END = "</w>"

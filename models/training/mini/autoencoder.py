@@ -4,7 +4,7 @@ as in latent diffusion, arXiv 2112.10752), then the tiny one for previews, after
 The encoders learn to write the fixed code, the decoders to see more in it than a linear map could. Neither changes the
 code, so this stage may come before the teacher or after it.
 
-    python -m models.training.autoencoder --latents runs/latents --out runs/autoencoder
+    python -m models.training.mini.autoencoder --latents runs/latents --out runs/autoencoder
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import typer
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
-from models.training.dataset import IMAGE_SIZE, Composer, Pixels, SceneSampler
-from models.training.latents import CODE
-from models.training.linear_code import LinearCode
-from models.training.pixels import to_tensor
+from models.training.mini.dataset import IMAGE_SIZE, Composer, Pixels, SceneSampler
+from models.training.mini.latents import CODE
+from models.training.mini.linear_code import LinearCode
+from models.training.mini.pixels import to_tensor
+from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 from models.training.trainer import Trainer, TrainSettings, autocast
-from models.training.vocabulary import Vocabulary, load_vocabulary
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's own
 LOG_VARIANCE = -3.0  # of the KL autoencoder's posterior: a 25th of the latents' spread

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from models.training.dataset import Scene
-from models.training.vocabulary import Vocabulary
+from models.training.mini.dataset import Scene
+from models.training.mini.vocabulary import Vocabulary
 
 SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("big", "large", "huge")}
 MEDIA = ("picture", "drawing", "image", "icon")

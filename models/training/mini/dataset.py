@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.training.sprites import draw_sprites
-from models.training.vocabulary import Vocabulary
+from models.training.mini.sprites import draw_sprites
+from models.training.mini.vocabulary import Vocabulary
 
 IMAGE_SIZE = 64
 OVERSAMPLING = 2
