@@ -1,15 +1,17 @@
-"""Stage 3: the autoencoders for the latent code. First an AutoencoderKL (Kingma & Welling, arXiv 1312.6114; its place
-as in latent diffusion, arXiv 2112.10752), then the tiny one for previews, after the idea of TAESD.
+"""Stage 1: the autoencoders. First an AutoencoderKL (Kingma & Welling, arXiv 1312.6114; its place as in latent
+diffusion, arXiv 2112.10752), then the tiny one for previews, after the idea of TAESD.
 
-The encoders learn to write the fixed code, the decoders to see more in it than a linear map could. Neither changes the
-code, so this stage may come before the teacher or after it.
+The latents of the first are its own, but held near a fixed linear code: so they have mean 0 and variance 1 from the
+start, are smooth, which a denoiser likes, and decoder and encoder needn't chase each other. The tiny one learns to
+write and read the same latents.
 
-    python -m models.training.mini.autoencoder --latents runs/latents --out runs/autoencoder
+    python -m models.training.mini.autoencoder --out runs/autoencoder
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,6 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from models.training.mini.dataset import IMAGE_SIZE, Composer, Pixels, SceneSampler
-from models.training.mini.latents import CODE
 from models.training.mini.linear_code import LinearCode
 from models.training.mini.pixels import to_tensor
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
@@ -29,9 +30,13 @@ from models.training.trainer import Trainer, TrainSettings, autocast
 SCALING_FACTOR = 0.18215  # Stable Diffusion's own
 LOG_VARIANCE = -3.0  # of the KL autoencoder's posterior: a 25th of the latents' spread
 MAX_NOISE = 0.15  # on scaled latents, in training: what a denoiser makes is never clean
-ENCODER_WEIGHT = 0.2
+ANCHOR_WEIGHT = 0.02  # of the distance between latents and linear code
+WIDTH_WEIGHT = 0.002
+ENCODER_WEIGHT = 0.2  # of the tiny encoder's error
+FIT_PICTURES = 1000
+CODE = "code.safetensors"
 EMA_DECAY = 0.98  # short runs: a longer average would still remember their beginning
-ENCODER_SAVING = 4  # the encoders' task is easy: they see a quarter of each batch
+ENCODER_SAVING = 4  # the tiny encoder's task is easy: it sees a quarter of each batch
 
 
 def build_kl(channels: tuple[int, ...] = (32, 32, 64)) -> AutoencoderKL:
@@ -48,6 +53,12 @@ def build_kl(channels: tuple[int, ...] = (32, 32, 64)) -> AutoencoderKL:
     )
 
 
+def load_kl(model: Path) -> AutoencoderKL:
+    """The autoencoder of a model folder in fp16, as fp32."""
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(model, subfolder="vae", variant="fp16", dtype=torch.float32)
+    return vae
+
+
 def build_tiny(channels: int = 16) -> AutoencoderTiny:
     """An AutoencoderTiny for the scaled latents that a UNet works on."""
     return AutoencoderTiny(
@@ -58,6 +69,9 @@ def build_tiny(channels: int = 16) -> AutoencoderTiny:
         latent_channels=4,
         scaling_factor=1.0,
     )
+
+
+Encode = Callable[[Tensor], Tensor]  # pictures `"b 3 64 64"` in -1 to 1 to scaled latents `"b 4 16 16"`
 
 
 class PictureSource:
@@ -85,6 +99,12 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
 
 
+def fit_code(vocabulary: Vocabulary, count: int = FIT_PICTURES, seed: int = 6) -> LinearCode:
+    """The linear code of this vocabulary's pictures."""
+    source = PictureSource(vocabulary, batch_size=count, crowded=0)
+    return LinearCode.fit(source.batch(random.Random(seed)))
+
+
 def train_kl(
     source: PictureSource, code: LinearCode, out: Path, settings: TrainSettings, vae: AutoencoderKL
 ) -> AutoencoderKL:
@@ -93,14 +113,13 @@ def train_kl(
 
     def loss_of(_step: int) -> Tensor:
         pixels = source.batch(trainer.rng)
-        latents = code.encode(pixels)
-        few = len(pixels) // ENCODER_SAVING
         with autocast():
-            posterior = vae.encode(pixels[:few]).latent_dist
+            posterior = vae.encode(pixels).latent_dist
+            latents = SCALING_FACTOR * posterior.mean.float()
             output = vae.decode(roughen(latents) / SCALING_FACTOR).sample
-        encoding = F.mse_loss(SCALING_FACTOR * posterior.mean.float(), latents[:few])
-        width = F.mse_loss(posterior.logvar.float(), torch.full_like(latents[:few], LOG_VARIANCE))
-        return reconstruction_loss(output.float(), pixels) + ENCODER_WEIGHT * (encoding + 0.01 * width)
+        anchor = F.mse_loss(latents, code.encode(pixels))
+        width = F.mse_loss(posterior.logvar.float(), torch.full_like(latents, LOG_VARIANCE))
+        return reconstruction_loss(output.float(), pixels) + ANCHOR_WEIGHT * anchor + WIDTH_WEIGHT * width
 
     trainer.fit(loss_of)
     averaged: AutoencoderKL = trainer.averaged.eval()
@@ -109,14 +128,14 @@ def train_kl(
 
 
 def train_tiny(
-    source: PictureSource, code: LinearCode, out: Path, settings: TrainSettings, tiny: AutoencoderTiny
+    source: PictureSource, encode: Encode, out: Path, settings: TrainSettings, tiny: AutoencoderTiny
 ) -> AutoencoderTiny:
-    """Train the tiny autoencoder on scaled latents and write it to `out/taesd`."""
+    """Train the tiny autoencoder on the scaled latents that `encode` gives, and write it to `out/taesd`."""
     trainer = Trainer(tiny.train(), out / "tiny", settings)
 
     def loss_of(_step: int) -> Tensor:
         pixels = source.batch(trainer.rng)
-        latents = code.encode(pixels)
+        latents = encode(pixels)
         few = len(pixels) // ENCODER_SAVING
         with autocast():
             encoded, output = tiny.encode(pixels[:few]).latents, tiny.decode(roughen(latents)).sample
@@ -126,6 +145,18 @@ def train_tiny(
     averaged: AutoencoderTiny = trainer.averaged.eval()
     averaged.save_pretrained(out / "taesd")
     return averaged
+
+
+def vae_encoder(vae: AutoencoderKL) -> Encode:
+    """From pictures to the scaled latents that a UNet works on."""
+
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> Tensor:
+        with autocast():
+            mean = vae.encode(pixels).latent_dist.mean
+        return mean.float().contiguous() * float(vae.config.scaling_factor)
+
+    return encode
 
 
 def roughen(latents: Tensor) -> Tensor:
@@ -140,37 +171,38 @@ def signal_to_noise(output: Tensor, target: Tensor) -> float:
 
 
 @torch.no_grad()
-def report(source: PictureSource, code: LinearCode, vae: AutoencoderKL, tiny: AutoencoderTiny, seed: int) -> None:
-    """Print how well both autoencoders write and read the code, on fresh pictures."""
+def report(source: PictureSource, vae: AutoencoderKL, tiny: AutoencoderTiny, seed: int) -> None:
+    """Print how well both decoders read the same latents, on fresh pictures."""
     rng = random.Random(seed)
     pixels = torch.cat([source.batch(rng) for _ in range(16)])
-    latents = code.encode(pixels)
-    written = (SCALING_FACTOR * vae.encode(pixels).latent_dist.mean, tiny.encode(pixels).latents)
-    read = (vae.decode(latents / SCALING_FACTOR).sample, tiny.decode(latents).sample)
-    for name, codes, pictures in zip(("KL", "tiny"), written, read, strict=True):
-        error = float(F.mse_loss(codes, latents))
-        print(f"{name}: pictures {signal_to_noise(pictures, pixels):.2f} dB, code's mean squared error {error:.4f}")
+    latents = vae_encoder(vae)(pixels)
+    read = {"KL": vae.decode(latents / SCALING_FACTOR).sample, "tiny": tiny.decode(latents).sample}
+    print(f"latents: mean {latents.mean():.3f}, standard deviation {latents.std():.3f}")
+    for name, pictures in read.items():
+        print(f"{name}: {signal_to_noise(pictures, pixels):.2f} dB")
 
 
 def main(
-    latents: Annotated[Path, typer.Option(help="Folder that the latents stage wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and results.")],
-    steps: Annotated[int, typer.Option(help="Steps for the KL autoencoder.")] = 2500,
-    tiny_steps: Annotated[int, typer.Option(help="Steps for the tiny autoencoder.")] = 1500,
+    steps: Annotated[int, typer.Option(help="Steps for the KL autoencoder.")] = 4000,
+    tiny_steps: Annotated[int, typer.Option(help="Steps for the tiny autoencoder.")] = 2000,
+    start: Annotated[Path | None, typer.Option(help="Model folder whose vae to go on from.")] = None,
     rate: float = 2e-3,
     batch_size: int = 24,
     emoji: Annotated[bool, typer.Option(help="Without emoji no font is needed.")] = True,
     seed: int = 0,
 ) -> None:
     """Train both autoencoders; continues where an interrupted run stopped."""
-    vocabulary = load_vocabulary()
-    source = PictureSource(vocabulary if emoji else vocabulary.without_emoji(), batch_size)
-    code = LinearCode.load(latents / CODE)
+    vocabulary = load_vocabulary() if emoji else load_vocabulary().without_emoji()
+    source = PictureSource(vocabulary, batch_size)
+    if not (out / CODE).exists():
+        fit_code(vocabulary).save(out / CODE)
     torch.manual_seed(seed)
-    vae = train_kl(source, code, out, TrainSettings(steps=steps, rate=rate, ema_decay=EMA_DECAY, seed=seed), build_kl())
+    settings = TrainSettings(steps=steps, rate=rate, ema_decay=EMA_DECAY, seed=seed)
+    vae = train_kl(source, LinearCode.load(out / CODE), out, settings, load_kl(start) if start else build_kl())
     settings = TrainSettings(steps=tiny_steps, rate=rate, ema_decay=EMA_DECAY, seed=seed + 1)
-    tiny = train_tiny(source, code, out, settings, build_tiny())
-    report(source, code, vae, tiny, seed + 2)
+    tiny = train_tiny(source, vae_encoder(vae), out, settings, build_tiny())
+    report(source, vae, tiny, seed + 2)
 
 
 if __name__ == "__main__":

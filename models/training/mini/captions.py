@@ -16,6 +16,9 @@ ROW = (
 )  # fmt: skip
 COLUMN = ("{a} above {b}", "{b} below {a}", "{a} over {b}", "{b} under {a}", "{b} beneath {a}", "{a} on top of {b}")
 
+ROW_OF_THREE = ("{a}, {b} and {c}", "{a} next to {b} and {c}", "{a}, {b}, {c} in a row", "{b} between {a} and {c}")
+COLUMN_OF_THREE = ("{a} above {b} above {c}", "{c} below {b} below {a}", "{a} over {b} over {c}")
+
 ON_BACKGROUND = (
     "{content} on {a_color} background", "{content} on {a_color} background", "{content} on {a_color} background",
     "{content}, {color} background", "{content} on {color}", "{content} with {a_color} background",
@@ -41,27 +44,36 @@ class Captioner:
 
     def _content(self, scene: Scene, rng: random.Random) -> str:
         articles = rng.random() < 0.7
-        nouns = [self._noun(thing, scene.size, articles, rng) for thing in scene.things]
+        nouns = [self._noun(scene, place, articles, rng) for place in range(len(scene.things))]
         if len(nouns) == 1:
             return nouns[0]
-        return rng.choice(ROW if scene.layout == "row" else COLUMN).format(a=nouns[0], b=nouns[1])
+        rows, columns = (ROW, COLUMN) if len(nouns) == 2 else (ROW_OF_THREE, COLUMN_OF_THREE)
+        wording = rng.choice(rows if scene.layout == "row" else columns)
+        return wording.format(**dict(zip("abc", nouns, strict=False)))
 
-    def _noun(self, thing: int, size: str, article: bool, rng: random.Random) -> str:
-        names = self.vocabulary.things[thing].names
+    def _noun(self, scene: Scene, place: int, article: bool, rng: random.Random) -> str:
+        names, tint = self.vocabulary.things[scene.things[place]].names, scene.tint(place)
         noun = names[0] if rng.random() < 0.5 else rng.choice(names)
-        if size in SIZE_WORDS:
-            noun = f"{rng.choice(SIZE_WORDS[size])} {noun}"
+        if tint is not None:
+            noun = f"{rng.choice(self.vocabulary.colors[tint].names)} {noun}"
+        if scene.size in SIZE_WORDS:
+            noun = f"{rng.choice(SIZE_WORDS[scene.size])} {noun}"
         return _with_article(noun) if article else noun
 
 
 def plain_caption(scene: Scene, vocabulary: Vocabulary) -> str:
-    """The plainest wording: canonical names, and the background if it is named."""
-    nouns = [_with_article(vocabulary.things[thing].name) for thing in scene.things]
+    """The plainest wording: canonical names, the colours that are asked for, and the background if it is named."""
+    nouns = [_with_article(_plain_noun(scene, place, vocabulary)) for place in range(len(scene.things))]
     content = (" next to " if scene.layout == "row" else " above ").join(nouns)
     if scene.background is None:
         return content
     color = vocabulary.colors[scene.background].name
     return f"{content} on {_with_article(color)} background"
+
+
+def _plain_noun(scene: Scene, place: int, vocabulary: Vocabulary) -> str:
+    name, tint = vocabulary.things[scene.things[place]].name, scene.tint(place)
+    return name if tint is None else f"{vocabulary.colors[tint].name} {name}"
 
 
 def _with_article(noun: str) -> str:

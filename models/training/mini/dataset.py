@@ -1,141 +1,241 @@
-"""Scenes and their pictures: one or two things on a background, composed on the fly from cached sprites."""
+"""Scenes and their pictures: one to three things on a background, composed on the fly from cached sprites.
+
+Poses, drawings, places and unnamed backgrounds differ from picture to picture of one scene. So a denoiser that sees
+only noise can't know the picture: its single step blurs them all together, and it takes many steps, or a distillation.
+"""
 
 from __future__ import annotations
 
+import math
 import random
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from models.training.mini.sprites import draw_sprites
+from models.training.mini.sprites import draw_sprites, tint
 from models.training.mini.vocabulary import Vocabulary
 
 IMAGE_SIZE = 64
 OVERSAMPLING = 2
+HELD_OUT = 0.1
 
 Layout = Literal["single", "row", "column"]
 Size = Literal["small", "normal", "large"]
 Pixels = npt.NDArray[np.uint8]
 RGB = tuple[int, int, int]
 Place = tuple[float, float, float]  # centre and scale, as fractions of the picture's side
+Range = tuple[float, float]
 
-SCALES: dict[str, tuple[float, float]] = {"small": (0.41, 0.43), "normal": (0.74, 0.77), "large": (0.91, 0.93)}
-REACH = {"small": 0.02, "normal": 0.02, "large": 0.01}  # how far from the middle a single thing may be
-PAIR_SCALE = (0.43, 0.45)
-MIRRORED = 0.0
-TILT = 1.0  # degrees, standard deviation
+
+@dataclass(frozen=True)
+class Poses:
+    """How much pictures of one scene differ: scales and offsets as fractions of the picture's side, tilt in degrees."""
+
+    scales: dict[Size, Range]
+    reach: float  # how far from the middle a single thing may be, as far as it stays in the picture
+    pair_scale: Range
+    pair_reach: tuple[float, float]  # along and across the line on which two or three stand
+    trio_scale: Range
+    tilt: float  # standard deviation
+    mirrored: float  # share
+
+
+NARROW = Poses(
+    {"small": (0.41, 0.43), "normal": (0.74, 0.77), "large": (0.91, 0.93)},
+    reach=0.02, pair_scale=(0.43, 0.45), pair_reach=(0.01, 0.01), trio_scale=(0.29, 0.31), tilt=1.0, mirrored=0.0,
+)  # fmt: skip
+WIDE = Poses(
+    {"small": (0.36, 0.46), "normal": (0.58, 0.80), "large": (0.88, 0.98)},
+    reach=0.5, pair_scale=(0.36, 0.46), pair_reach=(0.02, 0.12), trio_scale=(0.27, 0.31), tilt=8.0, mirrored=0.5,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says about a picture. Pose, place and an unnamed background are drawn when it is composed."""
+    """What a caption says about a picture. Drawing, pose, place and an unnamed background come when it is composed."""
 
     things: tuple[int, ...]
     layout: Layout = "single"
     size: Size = "normal"
     background: int | None = None
+    tints: tuple[int | None, ...] = ()  # a colour for each thing, or none for all
+
+    def tint(self, place: int) -> int | None:
+        return self.tints[place] if self.tints else None
 
 
+def is_held_out(scene: Scene, vocabulary: Vocabulary, share: float = HELD_OUT) -> bool:
+    """Whether no training picture may show this scene: a thing on a background, a thing in a colour, or two neighbours,
+    whose names fall into the held-out `share` by their CRC-32. The words alone all occur in training.
+    """
+    names = [vocabulary.things[thing].name for thing in scene.things]
+    combinations = [f"{one} & {other}" for one, other in pairwise(names)]
+    for place, name in enumerate(names):
+        if scene.background is not None and len(names) == 1:
+            combinations.append(f"{name} on {vocabulary.colors[scene.background].name}")
+        color = scene.tint(place)
+        if color is not None:
+            combinations.append(f"{vocabulary.colors[color].name} {name}")
+    return any(zlib.crc32(combination.encode()) < share * 2**32 for combination in combinations)
+
+
+@dataclass(frozen=True)
 class SceneSampler:
-    """Draws scenes: mostly emoji, some shapes; one or two of them; the background named or not."""
+    """Draws scenes: mostly emoji, some shapes; one to three of them; the background named or not."""
 
-    def __init__(self, vocabulary: Vocabulary, pairs: float = 0.3, shapes: float = 0.12) -> None:
-        self.vocabulary = vocabulary
-        self.pairs = pairs
-        self.shapes = shapes
+    vocabulary: Vocabulary
+    pairs: float = 0.28
+    trios: float = 0.05
+    shapes: float = 0.1
+    tinted: float = 0.12
+    sizes: dict[Size, float] = field(default_factory=lambda: {"small": 0.15, "normal": 0.72, "large": 0.13})
 
     def sample(self, rng: random.Random) -> Scene:
-        if rng.random() < self.pairs:
-            return self._pair(rng)
-        thing = self._thing(rng)
-        size: Size = rng.choices(("small", "normal", "large"), (0.15, 0.72, 0.13))[0]
-        return Scene((thing,), "single", size, self._background((thing,), 0.78, rng))
+        """A scene of the training split."""
+        while is_held_out(scene := self.any_scene(rng), self.vocabulary):
+            pass
+        return scene
 
-    def _pair(self, rng: random.Random) -> Scene:
-        first, second = self._thing(rng), self._thing(rng)
-        layout: Layout = "row" if rng.random() < 0.65 else "column"
-        return Scene((first, second), layout, "normal", self._background((first, second), 0.85, rng))
+    def any_scene(self, rng: random.Random) -> Scene:
+        """A scene of either split."""
+        (number,) = rng.choices((1, 2, 3), (1 - self.pairs - self.trios, self.pairs, self.trios))
+        things = tuple(self._thing(rng) for _ in range(number))
+        colors = tuple(self._tint(thing, rng) for thing in things)
+        background = self._background(things, colors, rng) if rng.random() < (0.78 if number == 1 else 0.85) else None
+        if number == 1:
+            (size,) = rng.choices(list(self.sizes), list(self.sizes.values()))
+            return Scene(things, "single", size, background, colors)
+        return Scene(things, "row" if rng.random() < 0.65 else "column", "normal", background, colors)
 
     def _thing(self, rng: random.Random) -> int:
         vocabulary = self.vocabulary
         pool = vocabulary.shapes if not vocabulary.emoji or rng.random() < self.shapes else vocabulary.emoji
         return rng.choice(pool)
 
-    def _background(self, things: tuple[int, ...], named: float, rng: random.Random) -> int | None:
-        """A named background (or none), never the colour of a shape that would vanish on it."""
-        if rng.random() > named:
+    def _tint(self, thing: int, rng: random.Random) -> int | None:
+        if rng.random() > self.tinted or not self.vocabulary.can_tint(thing):
             return None
-        taken = {self.vocabulary.things[thing].color for thing in things}
+        return rng.choice(self.vocabulary.tints)
+
+    def _background(self, things: tuple[int, ...], tints: Sequence[int | None], rng: random.Random) -> int:
+        """A named background, never the colour of a thing that would vanish on it."""
+        taken = {self.vocabulary.things[thing].color for thing in things} | set(tints)
         return rng.choice([color for color in range(len(self.vocabulary.colors)) if color not in taken])
 
 
 class Composer:
-    """Paints scenes. Poses vary lightly, so that two seeds give two pictures."""
+    """Paints scenes."""
 
-    def __init__(self, vocabulary: Vocabulary, sprites: list[Image.Image] | None = None) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, sprites: list[list[Image.Image]] | None = None, poses: Poses = WIDE
+    ) -> None:
         self.vocabulary = vocabulary
         self.sprites = sprites if sprites is not None else draw_sprites(vocabulary)
+        self.poses = poses
 
     def compose(self, scene: Scene, rng: random.Random) -> Pixels:
         """A picture of the scene, `"h w c"`."""
-        return self._paint(scene.background, scene.things, _places(scene, rng), rng)
+        canvas = self._backdrop(scene.background, rng)
+        for place, where in enumerate(self._places(scene, rng)):
+            self._put(canvas, scene.things[place], scene.tint(place), where, rng)
+        return _reduced(canvas)
 
     def crowd(self, rng: random.Random) -> Pixels:
         """A picture full of things, for the autoencoder: plain backgrounds teach it little."""
-        things = [rng.randrange(len(self.sprites)) for _ in range(rng.randint(3, 8))]
-        places = [(rng.random(), rng.random(), rng.uniform(0.3, 0.7)) for _ in things]
-        return self._paint(None, things, places, rng)
+        canvas = self._backdrop(None, rng)
+        for _ in range(rng.randint(3, 8)):
+            thing = rng.randrange(len(self.sprites))
+            self._put(canvas, thing, None, (rng.random(), rng.random(), rng.uniform(0.3, 0.7)), rng)
+        return _reduced(canvas)
 
-    def _paint(
-        self, background: int | None, things: Sequence[int], places: Sequence[Place], rng: random.Random
-    ) -> Pixels:
-        """Paint large, then reduce, so that edges are smooth."""
+    def _put(self, canvas: Image.Image, thing: int, color: int | None, where: Place, rng: random.Random) -> None:
+        x, y, scale = where
+        side = canvas.width
+        sprite = rng.choice(self.sprites[thing])
+        if color is not None:
+            sprite = tint(sprite, self.vocabulary.colors[color].rgb)
+        sprite = self._pose(sprite, round(scale * side), rng)
+        canvas.paste(sprite, (round(x * side - sprite.width / 2), round(y * side - sprite.height / 2)), sprite)
+
+    def _pose(self, sprite: Image.Image, side: int, rng: random.Random) -> Image.Image:
+        """The sprite at its size, turned, sometimes mirrored."""
+        sprite = sprite.resize((side, side), Image.Resampling.LANCZOS)
+        if rng.random() < self.poses.mirrored:
+            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        angle = max(-2.5 * self.poses.tilt, min(2.5 * self.poses.tilt, rng.gauss(0.0, self.poses.tilt)))
+        return sprite.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+
+    def _places(self, scene: Scene, rng: random.Random) -> list[Place]:
+        """Where each thing goes."""
+        poses, number = self.poses, len(scene.things)
+        if number == 1:
+            scale = rng.uniform(*poses.scales[scene.size])
+            reach = min(0.5 - scale / 2, poses.reach)
+            return [(0.5 + rng.uniform(-reach, reach), 0.5 + rng.uniform(-reach, reach), scale)]
+        places: list[Place] = []
+        along_reach, across_reach = poses.pair_reach if number == 2 else (0.01, poses.pair_reach[1])
+        for middle in (0.255, 0.745) if number == 2 else (0.17, 0.5, 0.83):
+            scale = rng.uniform(*(poses.pair_scale if number == 2 else poses.trio_scale))
+            along = middle + rng.uniform(-along_reach, along_reach)
+            across = 0.5 + rng.uniform(-across_reach, across_reach)
+            places.append((along, across, scale) if scene.layout == "row" else (across, along, scale))
+        return places
+
+    def _backdrop(self, background: int | None, rng: random.Random) -> Image.Image:
+        """A plain one where it is named; else a plain, shaded or patterned one of colours between the named ones."""
         side = IMAGE_SIZE * OVERSAMPLING
-        canvas = self._backdrop(background, side, rng)
-        for thing, (x, y, scale) in zip(things, places, strict=True):
-            sprite = self._pose(thing, round(scale * side), rng)
-            corner = (round(x * side - sprite.width / 2), round(y * side - sprite.height / 2))
-            canvas.paste(sprite, corner, sprite)
-        return np.asarray(canvas.reduce(OVERSAMPLING), dtype=np.uint8)
-
-    def _backdrop(self, background: int | None, side: int, rng: random.Random) -> Image.Image:
         if background is not None:
             return Image.new("RGB", (side, side), self.vocabulary.colors[background].rgb)
-        top, bottom = self._any_color(rng), self._any_color(rng)
-        if rng.random() < 0.6:
-            return Image.new("RGB", (side, side), top)
-        mask = Image.linear_gradient("L").resize((side, side))
-        return Image.composite(Image.new("RGB", (side, side), bottom), Image.new("RGB", (side, side), top), mask)
+        ground, other = self._any_color(rng), self._any_color(rng)
+        (kind,) = rng.choices(("plain", "shaded", "patterned"), (0.4, 0.35, 0.25))
+        if kind == "plain":
+            return Image.new("RGB", (side, side), ground)
+        if kind == "patterned":
+            other = _between(ground, other, 0.35)
+        mask = _shading(side, rng) if kind == "shaded" else _pattern(side, rng)
+        return Image.composite(Image.new("RGB", (side, side), other), Image.new("RGB", (side, side), ground), mask)
 
     def _any_color(self, rng: random.Random) -> RGB:
         """A blend of two named colours."""
         first, second = rng.choice(self.vocabulary.colors).rgb, rng.choice(self.vocabulary.colors).rgb
-        share = 0.35 * rng.random()
-        red, green, blue = (round(a + share * (b - a)) for a, b in zip(first, second, strict=True))
-        return red, green, blue
-
-    def _pose(self, thing: int, side: int, rng: random.Random) -> Image.Image:
-        """The sprite at its size, lightly turned, sometimes mirrored."""
-        sprite = self.sprites[thing].resize((side, side), Image.Resampling.LANCZOS)
-        if rng.random() < MIRRORED:
-            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        angle = max(-2.5 * TILT, min(2.5 * TILT, rng.gauss(0.0, TILT)))
-        return sprite.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+        return _between(first, second, 0.35 * rng.random())
 
 
-def _places(scene: Scene, rng: random.Random) -> list[Place]:
-    """Where each thing goes."""
-    if scene.layout == "single":
-        scale = rng.uniform(*SCALES[scene.size])
-        reach = min(0.5 - scale / 2, REACH[scene.size])
-        return [(0.5 + rng.uniform(-reach, reach), 0.5 + rng.uniform(-reach, reach), scale)]
-    places = []
-    for along in (0.255, 0.745):
-        scale, across = rng.uniform(*PAIR_SCALE), rng.uniform(0.49, 0.51)
-        along += rng.uniform(-0.01, 0.01)
-        places.append((along, across, scale) if scene.layout == "row" else (across, along, scale))
-    return places
+def _between(one: RGB, other: RGB, share: float) -> RGB:
+    red, green, blue = (round(a + share * (b - a)) for a, b in zip(one, other, strict=True))
+    return red, green, blue
+
+
+def _shading(side: int, rng: random.Random) -> Image.Image:
+    """A linear slope in any direction."""
+    angle, span = rng.uniform(0, 2 * math.pi), np.linspace(-1, 1, side)
+    slope = np.cos(angle) * span[None, :] + np.sin(angle) * span[:, None]
+    return Image.fromarray((127.5 + 127.5 * slope / np.abs(slope).max()).astype(np.uint8))
+
+
+def _pattern(side: int, rng: random.Random) -> Image.Image:
+    """Stripes, dots or a chequerboard."""
+    mask = Image.new("L", (side, side))
+    pen, pitch = ImageDraw.Draw(mask), side // rng.randint(4, 7)
+    kind, phase = rng.choice(("stripes", "dots", "squares")), rng.randrange(pitch)
+    for column, x in enumerate(range(-phase, side, pitch)):
+        if kind == "stripes":
+            pen.rectangle((x, 0, x + pitch // 2, side), fill=255)
+            continue
+        for row, y in enumerate(range(-phase, side, pitch)):
+            if kind == "dots":
+                pen.ellipse((x + pitch // 4, y + pitch // 4, x + 3 * pitch // 4, y + 3 * pitch // 4), fill=255)
+            elif (column + row) % 2:
+                pen.rectangle((x, y, x + pitch - 1, y + pitch - 1), fill=255)
+    return mask.rotate(90) if rng.random() < 0.5 else mask
+
+
+def _reduced(canvas: Image.Image) -> Pixels:
+    """What was painted large, at its size: so that edges are smooth."""
+    return np.asarray(canvas.reduce(OVERSAMPLING), dtype=np.uint8)

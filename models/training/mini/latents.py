@@ -1,6 +1,6 @@
-"""Stage 1: latents. Fits the latent code and paints, once, the pictures that the denoiser learns from.
+"""Stage 2: latents. Paints and encodes, once, the pictures that the denoiser learns from.
 
-python -m models.training.mini.latents --out runs/latents
+python -m models.training.mini.latents --autoencoder runs/autoencoder --out runs/latents
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from typing import Annotated
 
 import torch
 import typer
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from models.training.mini.autoencoder import Encode, vae_encoder
 from models.training.mini.dataset import Composer, Pixels, Scene, SceneSampler
-from models.training.mini.linear_code import LinearCode
 from models.training.mini.pixels import to_tensor
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 
-CODE = "code.safetensors"
 LATENTS = "latents.safetensors"
 SCENES = "scenes.json"
-FIT_PICTURES = 1000
-
-Encode = Callable[[Tensor], Tensor]  # pictures `"b 3 64 64"` in -1 to 1 to scaled latents `"b 4 16 16"`
 
 
 @dataclass(frozen=True)
@@ -51,15 +48,8 @@ class LatentCache:
     @classmethod
     def load(cls, folder: Path) -> LatentCache:
         rows = json.loads((folder / SCENES).read_text())
-        scenes = [Scene(**{**row, "things": tuple(row["things"])}) for row in rows]
+        scenes = [Scene(**{**row, "things": tuple(row["things"]), "tints": tuple(row["tints"])}) for row in rows]
         return cls(load_file(folder / LATENTS)["latents"], scenes)
-
-
-def fit_code(vocabulary: Vocabulary, count: int = FIT_PICTURES, seed: int = 6) -> LinearCode:
-    """The latent code of this vocabulary's pictures."""
-    rng = random.Random(seed)
-    sampler, composer = SceneSampler(vocabulary), Composer(vocabulary)
-    return LinearCode.fit(to_tensor([composer.compose(sampler.sample(rng), rng) for _ in range(count)]))
 
 
 def encode_scenes(
@@ -82,16 +72,15 @@ def encode_scenes(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for the code and the latents.")],
-    pictures: Annotated[int, typer.Option(help="How many to paint.")] = 60_000,
+    autoencoder: Annotated[Path, typer.Option(help="Folder that the autoencoder stage wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the latents.")],
+    pictures: Annotated[int, typer.Option(help="How many to paint.")] = 150_000,
     emoji: Annotated[bool, typer.Option(help="Without emoji no font is needed.")] = True,
 ) -> None:
-    """Fit the code, unless there is one, and fill the cache."""
+    """Fill the cache."""
     vocabulary = load_vocabulary() if emoji else load_vocabulary().without_emoji()
-    if not (out / CODE).exists():
-        fit_code(vocabulary).save(out / CODE)
-    code = LinearCode.load(out / CODE)
-    encode_scenes(vocabulary, code.encode, pictures).save(out)
+    encode = vae_encoder(AutoencoderKL.from_pretrained(autoencoder / "vae"))
+    encode_scenes(vocabulary, encode, pictures).save(out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tells what is in a picture: nearest neighbour at 16x16 RGB among all things of the vocabulary in several poses."""
+"""Tells what is in a picture: the nearest neighbour at 16x16 RGB among all drawings of all things in several poses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from models.training.mini.dataset import Pixels
 
 SIDE = 16
-ANGLES = (-14.0, -7.0, 0.0, 7.0, 14.0)
+ANGLES = (-18.0, -12.0, -6.0, 0.0, 6.0, 12.0, 18.0)
 MIN_CONTRAST = 36  # a pixel farther than this from the background (largest channel) belongs to a thing
 FRAME = 2  # decoders leave faint marks along a picture's edge, which must not widen the crop
 MIN_PIXELS = 2  # rows and columns with fewer such pixels are taken for stray ones
@@ -52,31 +52,35 @@ class ColorNamer:
 class Recognizer:
     """Names the things in a picture by index. Crops make it blind to place and size."""
 
-    def __init__(self, sprites: Sequence[Image.Image]) -> None:
-        poses = [[_reference(pose) for pose in _poses(sprite)] for sprite in sprites]
-        self.poses_per_thing = len(poses[0])
-        references = np.asarray(poses, dtype=np.float32).reshape(-1, SIDE, SIDE, 4)
+    def __init__(self, drawings: Sequence[Sequence[Image.Image]]) -> None:
+        owned = [(thing, pose) for thing, kinds in enumerate(drawings) for one in kinds for pose in _poses(one)]
+        references = np.asarray([_reference(pose) for _, pose in owned], dtype=np.float32)
+        self.owners = np.asarray([thing for thing, _ in owned])
         self.alpha = references[..., 3:] / 255
         self.premultiplied = references[..., :3] * self.alpha
 
     def single(self, picture: Pixels) -> int | None:
         """The one thing in the picture; None if nothing stands out from the background."""
-        return self._nearest(picture, background_color(picture))
+        return next(iter(self.nearest(picture, 1)), None)
 
     def pair(self, picture: Pixels, vertical: bool) -> tuple[int | None, int | None]:
         """The things in the left and right (or upper and lower) half."""
         color = background_color(picture)
         half = picture.shape[0] // 2
         halves = (picture[:half], picture[half:]) if vertical else (picture[:, :half], picture[:, half:])
-        return self._nearest(halves[0], color), self._nearest(halves[1], color)
+        first, second = (next(iter(self.nearest(part, 1, color)), None) for part in halves)
+        return first, second
 
-    def _nearest(self, picture: Pixels, color: Floats) -> int | None:
+    def nearest(self, picture: Pixels, count: int, color: Floats | None = None) -> list[int]:
+        """The `count` things that look most like the one in the picture, nearest first; none if nothing stands out."""
+        color = background_color(picture) if color is None else color
         crop = _crop(picture, color)
         if crop is None:
-            return None
+            return []
         references = self.premultiplied + (1 - self.alpha) * color
         distances = ((references - crop) ** 2).sum(axis=(1, 2, 3))
-        return int(distances.argmin()) // self.poses_per_thing
+        things = dict.fromkeys(self.owners[distances.argsort()].tolist())
+        return list(things)[:count]
 
 
 def _poses(sprite: Image.Image) -> list[Image.Image]:

@@ -1,10 +1,11 @@
-"""Sprites: each thing of the vocabulary as one square RGBA picture, cached in memory."""
+"""Sprites: the drawings of each thing of the vocabulary as square RGBA pictures, cached in memory."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from models.training.mini.vocabulary import Thing, Vocabulary
@@ -17,18 +18,33 @@ OVERSAMPLING = 4
 Point = tuple[float, float]
 
 
-def draw_sprites(vocabulary: Vocabulary, font_file: Path = FONT_FILE) -> list[Image.Image]:
-    """One sprite per thing, in the vocabulary's order. The font is opened only if the vocabulary has emoji."""
+def draw_sprites(vocabulary: Vocabulary, font_file: Path = FONT_FILE) -> list[list[Image.Image]]:
+    """The drawings of each thing, in the vocabulary's order. The font is opened only if the vocabulary has emoji."""
     font = ImageFont.truetype(str(font_file), FONT_SIZE) if vocabulary.emoji else None
     return [_draw(thing, vocabulary, font) for thing in vocabulary.things]
 
 
-def _draw(thing: Thing, vocabulary: Vocabulary, font: ImageFont.FreeTypeFont | None) -> Image.Image:
+def _draw(thing: Thing, vocabulary: Vocabulary, font: ImageFont.FreeTypeFont | None) -> list[Image.Image]:
     if thing.shape is not None and thing.color is not None:
-        return draw_shape(thing.shape, vocabulary.colors[thing.color].rgb)
-    if thing.glyph is None or font is None:
+        return [draw_shape(thing.shape, vocabulary.colors[thing.color].rgb)]
+    if not thing.glyphs or font is None:
         raise ValueError(f"{thing.name} is neither a shape nor an emoji")
-    return draw_emoji(thing.glyph, font)
+    return [draw_emoji(glyph, font) for glyph in thing.glyphs]
+
+
+def tint(sprite: Image.Image, rgb: tuple[int, int, int]) -> Image.Image:
+    """The sprite in shades of one colour: its middle brightness becomes the colour, darker parts go to black, brighter
+    ones to white.
+    """
+    gray = np.asarray(sprite.convert("L"), dtype=np.float32) / 255
+    alpha = np.asarray(sprite.getchannel("A"))
+    middle = float(np.clip(np.median(gray[alpha > 128]), 0.2, 0.8))
+    dark = np.clip(gray / middle, 0, 1)[..., None]
+    light = 0.8 * np.clip((gray - middle) / (1 - middle), 0, 1)[..., None]
+    shades = dark * (np.asarray(rgb, dtype=np.float32) * (1 - light) + 255 * light)
+    tinted = Image.fromarray(shades.round().astype(np.uint8))
+    tinted.putalpha(sprite.getchannel("A"))
+    return tinted
 
 
 def draw_emoji(glyph: str, font: ImageFont.FreeTypeFont) -> Image.Image:

@@ -26,10 +26,10 @@ class Color:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object that can be drawn: an emoji (`glyph`) or a shape (`shape`) in a named colour (`color`)."""
+    """An object that can be drawn: an emoji in one or several drawings (`glyphs`), or a shape in a named colour."""
 
     names: tuple[str, ...]
-    glyph: str | None = None
+    glyphs: tuple[str, ...] = ()
     shape: str | None = None
     color: int | None = None
 
@@ -47,11 +47,25 @@ class Vocabulary:
 
     @cached_property
     def emoji(self) -> tuple[int, ...]:
-        return tuple(index for index, thing in enumerate(self.things) if thing.glyph)
+        return tuple(index for index, thing in enumerate(self.things) if thing.glyphs)
 
     @cached_property
     def shapes(self) -> tuple[int, ...]:
         return tuple(index for index, thing in enumerate(self.things) if thing.shape)
+
+    @cached_property
+    def tints(self) -> tuple[int, ...]:
+        """The colours that an emoji can be asked for in: those with a hue."""
+        return tuple(index for index, color in enumerate(self.colors) if max(color.rgb) - min(color.rgb) > 40)
+
+    def can_tint(self, thing: int) -> bool:
+        """Whether "a blue one" makes sense: not of a shape, which has its colour, nor where a name says a colour."""
+        words = {word for name in self.things[thing].names for word in name.split()}
+        return not self.things[thing].shape and words.isdisjoint(self._color_words)
+
+    @cached_property
+    def _color_words(self) -> frozenset[str]:
+        return frozenset(name for color in self.colors for name in color.names)
 
     def without_emoji(self) -> Vocabulary:
         """The part that needs no font: drawn shapes only."""
@@ -66,7 +80,7 @@ def load_vocabulary(path: Path = VOCABULARY_FILE) -> Vocabulary:
     """Read the vocabulary file; emoji come first, then every shape in every colour."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     colors = _colors(table)
-    emoji = tuple(Thing(tuple(names), glyph=glyph) for glyph, names in table["emoji"].items())
+    emoji = tuple(Thing(tuple(names), glyphs=tuple(glyphs.split())) for glyphs, names in table["emoji"].items())
     return Vocabulary(colors, emoji + _shapes(table["shapes"], colors))
 
 
