@@ -196,7 +196,7 @@ class Distiller:
         self.batches = batches
         self.compute = compute or Compute()
         self.consistency = Consistency(settings, diffusion, self.compute)
-        own = {**asdict(settings), "data": batches.fingerprint, **(identity or {})}
+        own = {**asdict(settings), **batches.identity, **(identity or {})}
         self.trainer = Trainer(student.unet, out / RUN, train, identity=own)
         self.unconditional = batches.unconditional.to(self.compute.device)
 

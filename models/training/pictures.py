@@ -27,6 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from models.training.errors import PicturesError
 from models.training.fingerprints import file_fingerprints, fingerprint
 from models.training.teachers import Conditions, Encoders, Size
+from models.training.trainer import Identity
 
 METADATA = "metadata.jsonl"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -51,8 +52,8 @@ class Batches(Protocol):
     """What a distillation learns from."""
 
     @property
-    def fingerprint(self) -> str:
-        """Another one for other data."""
+    def identity(self) -> Identity:
+        """What makes these batches what they are, by the names of settings."""
 
     @property
     def unconditional(self) -> Conditions:
@@ -155,8 +156,8 @@ class PictureCache:
         return self._ends[-1]
 
     @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.folder.name, self.batch_size, self.dropout)
+    def identity(self) -> Identity:
+        return {"data": self.folder.name, "batch_size": self.batch_size, "caption_dropout": self.dropout}
 
     @property
     def unconditional(self) -> Conditions:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from models.training.diffusion import Diffusion, build_scheduler, draw_timesteps
-from models.training.fingerprints import fingerprint, tensor_fingerprint
+from models.training.fingerprints import tensor_fingerprint
 from models.training.mini.captions import Captioner
 from models.training.mini.dataset import Scene
 from models.training.mini.latents import LatentCache
@@ -32,7 +32,7 @@ from models.training.mini.tokenizer import MAX_TOKENS, build_tokenizer, save_tok
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 from models.training.pictures import Batch
 from models.training.teachers import Conditions, Encoders, Teacher
-from models.training.trainer import CPU, Trainer, TrainSettings, autocast
+from models.training.trainer import CPU, Identity, Trainer, TrainSettings, autocast
 
 HIDDEN = 192
 LATENT_SIZE = 16
@@ -114,8 +114,9 @@ class PaintedBatches:
         self.data, self.encoders, self.dropout = data, encoders, dropout
 
     @property
-    def fingerprint(self) -> str:
-        return fingerprint(tensor_fingerprint(self.data.cache.latents), self.data.batch_size, self.dropout)
+    def identity(self) -> Identity:
+        data = tensor_fingerprint(self.data.cache.latents)
+        return {"data": data, "batch_size": self.data.batch_size, "caption_dropout": self.dropout}
 
     @property
     def unconditional(self) -> Conditions:
