@@ -196,7 +196,7 @@ class _Loader:
 
     def _read_networks(self, folder: Path) -> dict[str, str]:
         """The class of each network of a pipeline's folder, which must be those of the family."""
-        class_names = _read_class_names(folder)
+        class_names = read_class_names(folder)
         names, expected = set(class_names) - EXTRAS, self._family.networks
         if names != expected:
             there, needed = (", ".join(sorted(those)) or "no networks" for those in (names, expected))
@@ -285,7 +285,7 @@ def _lora_networks(pipe: Any) -> dict[str, Any]:
     return {name: pipe.components[name] for name in LORA_NETWORKS if pipe.components.get(name) is not None}
 
 
-def _read_class_names(folder: Path) -> dict[str, str]:
+def read_class_names(folder: Path) -> dict[str, str]:
     """What a pipeline's folder is made of: the class of each network that it has."""
     index = _read_json(folder / "model_index.json")
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}

@@ -16,7 +16,7 @@ class StableDiffusion(LatentDiffusion):
         super().__init__(*arguments, pipe=pipe, **named)
         self._tokenizer = pipe.tokenizer
         self._reads_mask: bool = getattr(pipe.text_encoder.config, "use_attention_mask", False)
-        self._encode = self.fast(_text_network(pipe.text_encoder))
+        self._encode = self.fast(text_network(pipe.text_encoder))
 
     def encode_prompts(self, prompts: Sequence[str | None]) -> list[Conditioning]:
         texts = [prompt or "" for prompt in prompts]
@@ -32,7 +32,7 @@ class StableDiffusion(LatentDiffusion):
         return []
 
 
-def _text_network(text_encoder: Any) -> Callable[..., Tensor]:
+def text_network(text_encoder: Any) -> Callable[..., Tensor]:
     def network(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         embeds: Tensor = text_encoder(input_ids, attention_mask=attention_mask)[0]
         return embeds

@@ -23,7 +23,7 @@ class StableDiffusionXL(LatentDiffusion):
     def __init__(self, *arguments: Any, pipe: Any, **named: Any) -> None:
         super().__init__(*arguments, pipe=pipe, **named)
         self._tokenizers = (pipe.tokenizer, pipe.tokenizer_2)
-        self._encode = self.fast(_text_network(pipe.text_encoder, pipe.text_encoder_2))
+        self._encode = self.fast(text_network(pipe.text_encoder, pipe.text_encoder_2))
         self._known_time_ids: dict[tuple[int, int], Tensor] = {}
         self._has_zeros_for_none: bool = pipe.config.force_zeros_for_empty_prompt
 
@@ -58,7 +58,7 @@ def _pooled(conditioning: Conditioning) -> Tensor:
     return conditioning.pooled
 
 
-def _text_network(text_encoder: Any, text_encoder_2: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+def text_network(text_encoder: Any, text_encoder_2: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     """Both encoders' last hidden states but one, side by side, and the second one's projected text embedding."""
 
     def network(input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
-"""The diffusion process of the miniature: v-prediction (Salimans & Ho, arXiv 2202.00512) on a schedule with zero
-terminal SNR and trailing timesteps (Lin et al., arXiv 2305.08891): sampling starts from pure noise, as training does.
+"""The diffusion process of a teacher: x_t = signal x0 + noise eps (Ho et al., arXiv 2006.11239, eq. 4), and what its
+network predicts of it: the noise, v = signal eps - noise x0 (Salimans & Ho, arXiv 2202.00512, section 4), or x0.
 """
 
 from __future__ import annotations
+
+from typing import Any, Literal, cast, get_args
 
 import torch
 from diffusers import DDIMScheduler
@@ -10,9 +12,12 @@ from torch import Tensor
 
 NUM_TIMESTEPS = 1000
 
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's schedule, rescaled to zero terminal SNR."""
+    """The miniature's: Stable Diffusion's schedule, rescaled to zero terminal SNR, with trailing timesteps (Lin et al.,
+    arXiv 2305.08891). Sampling starts from pure noise, as training does."""
     return DDIMScheduler(
         num_train_timesteps=NUM_TIMESTEPS,
         beta_start=0.00085,
@@ -28,12 +33,24 @@ def build_scheduler() -> DDIMScheduler:
 
 
 class Diffusion:
-    """Signal and noise shares per timestep, and the conversions between v, x0 and the noise."""
+    """Signal and noise shares per timestep, and the conversions between the network's output, x0 and the noise.
 
-    def __init__(self, scheduler: DDIMScheduler | None = None) -> None:
-        alphas = (scheduler or build_scheduler()).alphas_cumprod
+    `scheduler` is any of diffusers' that has `alphas_cumprod`. Raises ValueError where no x0 can be told from what the
+    network predicts.
+    """
+
+    def __init__(self, scheduler: Any | None = None, device: torch.device | None = None) -> None:
+        scheduler = scheduler or build_scheduler()
+        self.prediction_type = _known_prediction(scheduler.config.prediction_type)
+        alphas = scheduler.alphas_cumprod.to(device)
+        self.num_timesteps = len(alphas)
         self.signal = alphas.sqrt()
         self.noise = (1 - alphas).sqrt()
+        if self.prediction_type == "epsilon" and float(self.signal[-1]) == 0:
+            raise ValueError(
+                "prediction_type is epsilon, but the last timestep is pure noise (rescale_betas_zero_snr), "
+                "of which the noise tells no picture: v_prediction or sample is needed"
+            )
 
     def shares(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise share, `"b 1 1 1"` each."""
@@ -43,15 +60,33 @@ class Diffusion:
         signal, spread = self.shares(timesteps)
         return signal * clean + spread * noise
 
-    def velocity(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network predicts."""
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a perfect network would predict."""
         signal, spread = self.shares(timesteps)
-        return signal * noise - spread * clean
+        match self.prediction_type:
+            case "epsilon":
+                return noise
+            case "v_prediction":
+                return signal * noise - spread * clean
+            case "sample":
+                return clean
 
-    def split(self, noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 and the noise that a predicted velocity stands for."""
+    def split(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 and the noise that the network's output stands for."""
         signal, spread = self.shares(timesteps)
-        return signal * noisy - spread * velocity, signal * velocity + spread * noisy
+        match self.prediction_type:
+            case "epsilon":
+                return (noisy - spread * output) / signal, output
+            case "v_prediction":
+                return signal * noisy - spread * output, signal * output + spread * noisy
+            case "sample":
+                return output, (noisy - signal * output) / spread
+
+
+def _known_prediction(name: str) -> PredictionType:
+    if name not in get_args(PredictionType):
+        raise ValueError(f"prediction_type {name!r} is none of {', '.join(get_args(PredictionType))}")
+    return cast(PredictionType, name)
 
 
 def draw_timesteps(count: int, noisy_half: bool) -> Tensor:

@@ -1,82 +1,93 @@
-"""Stage 3: LCM-LoRA. Latent consistency distillation (Luo et al., arXiv 2310.04378) into a LoRA (Luo et al.,
-arXiv 2311.05556).
+"""Latent consistency distillation (Luo et al., arXiv 2310.04378, algorithm 1), into a LoRA (Luo et al., arXiv
+2311.05556) or into a whole network that reads the guidance scale (section 4.3 of the former).
 
 The student's prediction at a noisy timestep is drawn to the averaged student's at a less noisy one. One DDIM step of
 the teacher, with classifier-free guidance, leads from one to the other; it skips `1000 / solver_timesteps` training
 timesteps. Boundary scalings are those of diffusers' `LCMScheduler`, the loss is pseudo-Huber.
+
+`fewstep distill lcm` does this for any teacher; for the miniature, with the pictures that it was trained on:
 
     python -m models.training.lcm --latents runs/latents --teacher runs/teacher --out runs/lcm
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
-from models.training.diffusion import NUM_TIMESTEPS, Diffusion
-from models.training.mini.latents import LatentCache
-from models.training.mini.teacher import CAPTION_DROPOUT, CaptionedLatents
-from models.training.mini.vocabulary import load_vocabulary
-from models.training.trainer import Trainer, TrainSettings, autocast
+from models.training.diffusion import Diffusion
+from models.training.pictures import Batches
+from models.training.teachers import Conditions, call_unet
+from models.training.trainer import CPU, Compute, Identity, Trainer, TrainSettings
 
-LORA_RANK = 12
+RUN = "training"  # folder of what a run needs to go on, beside its result
+LORA_RANK = 12  # the miniature's
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
+GUIDANCE_WIDTH = 256  # time_cond_proj_dim of the published full LCMs
 
 
 @dataclass(frozen=True)
 class LcmSettings:
-    """What defines the distillation; sampling must use the same number of solver timesteps."""
+    """What defines the distillation; sampling must use the same number of solver timesteps. The guidance scale of each
+    picture is drawn between the two that are given."""
 
-    solver_timesteps: int = 20
-    guidance_scale: float = 2.0
+    solver_timesteps: int = 50
+    min_guidance: float = 3.0
+    max_guidance: float = 15.0
     huber: float = 1e-3
     sigma_data: float = 0.5
     timestep_scaling: float = 10.0
-
-    @property
-    def skip(self) -> int:
-        return NUM_TIMESTEPS // self.solver_timesteps
 
 
 class Consistency:
     """The consistency function f(x, t) = c_skip(t) x + c_out(t) x0(x, t), and the teacher's DDIM step."""
 
-    def __init__(self, settings: LcmSettings, diffusion: Diffusion) -> None:
+    def __init__(self, settings: LcmSettings, diffusion: Diffusion, compute: Compute | None = None) -> None:
         self.settings = settings
         self.diffusion = diffusion
+        self.compute = compute or Compute()
+        self.skip = diffusion.num_timesteps // settings.solver_timesteps
 
     def draw_timesteps(self, count: int) -> tuple[Tensor, Tensor]:
-        """Random neighbours on the solver's grid: where the student starts, and where the teacher's step ends."""
-        index = torch.randint(1, self.settings.solver_timesteps + 1, (count,))
-        start = index * self.settings.skip - 1
-        return start, (start - self.settings.skip).clamp(min=0)
+        """Random neighbours on the solver's grid, `"b"` each: where the student starts, and where the teacher's step
+        ends."""
+        index = torch.randint(1, self.settings.solver_timesteps + 1, (count,)).to(self.compute.device)
+        start = index * self.skip - 1
+        return start, (start - self.skip).clamp(min=0)
 
-    def apply(self, unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+    def draw_guidance(self, count: int) -> Tensor:
+        """Guidance scales `"b"`, 1 + w in the paper's words."""
+        low, high = self.settings.min_guidance, self.settings.max_guidance
+        return (low + (high - low) * torch.rand(count)).to(self.compute.device)
+
+    def apply(
+        self, unet: Any, noisy: Tensor, timesteps: Tensor, conditions: Conditions, embedded: Tensor | None = None
+    ) -> Tensor:
         """f(x, t), `"b 4 h w"`."""
-        clean, _ = self.predict(unet, noisy, timesteps, states)
+        clean, _ = self.predict(unet, noisy, timesteps, conditions, embedded)
         c_skip, c_out = self.boundary(timesteps)
         return c_skip * noisy + c_out * clean
 
     def predict(
-        self, unet: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, states: Tensor
+        self, unet: Any, noisy: Tensor, timesteps: Tensor, conditions: Conditions, embedded: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x0 and noise as the network sees them."""
-        with autocast():
-            velocity = unet(noisy, timesteps, states).sample
-        return self.diffusion.split(noisy, velocity.float(), timesteps)
+        with self.compute.autocast():
+            output = call_unet(unet, noisy, timesteps, conditions, embedded)
+        return self.diffusion.split(noisy, output, timesteps)
 
     def boundary(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out, `"b 1 1 1"`: at timestep 0 the function is the identity."""
@@ -86,17 +97,20 @@ class Consistency:
 
     @torch.no_grad()
     def solve(
-        self, teacher: UNet2DConditionModel, noisy: Tensor, start: Tensor, end: Tensor, states: Tensor, empty: Tensor
+        self,
+        teacher: Any,
+        noisy: Tensor,
+        start: Tensor,
+        end: Tensor,
+        conditions: Conditions,
+        unconditional: Conditions,
+        guidance_scales: Tensor,
     ) -> Tensor:
-        """One DDIM step of the guided teacher from `start` to `end`."""
-        both = torch.cat([states, empty.expand_as(states)])
+        """One DDIM step (Song et al., arXiv 2010.02502, eq. 12) of the guided teacher from `start` to `end`."""
+        both = Conditions.stack([conditions, unconditional.spread_over(conditions)])
         clean, noise = self.predict(teacher, noisy.repeat(2, 1, 1, 1), start.repeat(2), both)
         signal, spread = self.diffusion.shares(end)
-        return signal * self._guided(clean) + spread * self._guided(noise)
-
-    def _guided(self, both: Tensor) -> Tensor:
-        conditional, unconditional = both.chunk(2)
-        return unconditional + self.settings.guidance_scale * (conditional - unconditional)
+        return signal * guided(clean, guidance_scales) + spread * guided(noise, guidance_scales)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Pseudo-Huber distance."""
@@ -104,64 +118,136 @@ class Consistency:
         return (((output - target) ** 2 + huber**2).sqrt() - huber).mean()
 
 
+def guided(both: Tensor, guidance_scales: Tensor) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) of conditional rows, then unconditional ones."""
+    conditional, unconditional = both.chunk(2)
+    return unconditional + guidance_scales[:, None, None, None] * (conditional - unconditional)
+
+
+def embed_guidance(guidance_scales: Tensor, width: int = GUIDANCE_WIDTH) -> Tensor:
+    """`"b width"`: w = scale - 1 as diffusers' pipelines give it to a full LCM, sines and cosines of 1000 w."""
+    frequencies = torch.exp(torch.arange(width // 2) * (-math.log(10_000) / (width // 2 - 1)))
+    angles = 1000 * (guidance_scales[:, None] - 1) * frequencies.to(guidance_scales.device)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Student(Protocol):
+    """What is trained, and the frozen teacher beside it or inside it."""
+
+    unet: Any
+
+    def teacher(self) -> AbstractContextManager[Any]:
+        """The teacher's network, within a `with`."""
+
+    def embed(self, guidance_scales: Tensor) -> Tensor | None:
+        """What the network reads of the scales."""
+
+
+class LoraStudent:
+    """One network in memory: with its LoRA the student, with the averaged LoRA the target, without one the teacher."""
+
+    def __init__(self, unet: Any, rank: int, targets: Sequence[str] = LORA_TARGETS) -> None:
+        self.unet = add_lora(unet, rank, targets)
+
+    @contextmanager
+    def teacher(self) -> Iterator[Any]:
+        self.unet.disable_adapters()
+        try:
+            yield self.unet
+        finally:
+            self.unet.enable_adapters()
+
+    def embed(self, guidance_scales: Tensor) -> None:
+        """Nothing: a LoRA adds no input, so it learns the mean over the range."""
+
+
+class FullStudent:
+    """A network of its own that reads the guidance scale, made from `teacher`, which moves to `dtype`."""
+
+    def __init__(self, teacher: Any, dtype: torch.dtype) -> None:
+        self.unet = with_guidance_input(teacher)
+        self._teacher = teacher.to(dtype)
+
+    def teacher(self) -> AbstractContextManager[Any]:
+        return nullcontext(self._teacher)
+
+    def embed(self, guidance_scales: Tensor) -> Tensor:
+        return embed_guidance(guidance_scales)
+
+
 class Distiller:
-    """Frozen teacher, student with LoRA, and averaged student as the target."""
+    """Teacher, student and averaged student, which is the target. What training needs to go on lies in `out/training`.
+
+    Raises CheckpointError where that is another run's.
+    """
 
     def __init__(
         self,
-        teacher: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        data: CaptionedLatents,
+        student: Student,
+        diffusion: Diffusion,
+        batches: Batches,
         out: Path,
         train: TrainSettings,
         settings: LcmSettings,
+        compute: Compute | None = None,
+        identity: Identity | None = None,
     ) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.text_encoder = text_encoder.eval().requires_grad_(False)
-        self.data = data
-        self.out = out
-        self.consistency = Consistency(settings, Diffusion())
-        torch.manual_seed(train.seed)
-        self.student = with_lora(self.teacher)
-        self.trainer = Trainer(self.student, out, train)
-        self.empty = self._states(data.tokens([""]))
+        self.student = student
+        self.batches = batches
+        self.compute = compute or Compute()
+        self.consistency = Consistency(settings, diffusion, self.compute)
+        own = {**asdict(settings), **batches.identity, **(identity or {})}
+        self.trainer = Trainer(student.unet, out / RUN, train, identity=own)
+        self.unconditional = batches.unconditional.to(self.compute.device)
 
-    def distill(self) -> None:
-        """Train to the end of the plan; the averaged LoRA lies in `out` after every checkpoint."""
-        self.trainer.fit(self.loss, on_save=lambda: save_lora(self.trainer.averaged, self.out))
+    def distill(self, on_save: Callable[[], None]) -> None:
+        """Train to the end of the plan; at each checkpoint `on_save` finds the averaged weights in the student."""
+
+        def save() -> None:
+            with self.trainer.averaged_weights():
+                on_save()
+
+        self.trainer.fit(self.loss, save)
 
     def loss(self, _step: int) -> Tensor:
-        latents, tokens = self.data.batch(self.trainer, CAPTION_DROPOUT)
-        states = self._states(tokens)
-        start, end = self.consistency.draw_timesteps(len(latents))
-        noisy = self.consistency.diffusion.add_noise(latents, torch.randn_like(latents), start)
-        output = self.consistency.apply(self.student, noisy, start, states)
-        return self.consistency.loss(output, self._target(noisy, start, end, states))
+        batch = self.batches.draw(self.trainer.rng).to(self.compute.device)
+        start, end = self.consistency.draw_timesteps(len(batch.latents))
+        scales = self.consistency.draw_guidance(len(batch.latents))
+        noisy = self.consistency.diffusion.add_noise(batch.latents, torch.randn_like(batch.latents), start)
+        target = self._target(noisy, start, end, batch.conditions, scales)  # first: the weights change places in it
+        output = self.consistency.apply(self.student.unet, noisy, start, batch.conditions, self.student.embed(scales))
+        return self.consistency.loss(output, target)
 
     @torch.no_grad()
-    def _target(self, noisy: Tensor, start: Tensor, end: Tensor, states: Tensor) -> Tensor:
-        solved = self.consistency.solve(self.teacher, noisy, start, end, states, self.empty)
-        return self.consistency.apply(self.trainer.averaged, solved, end, states)
-
-    @torch.no_grad()
-    def _states(self, tokens: Tensor) -> Tensor:
-        with autocast():
-            states: Tensor = self.text_encoder(tokens).last_hidden_state
-        return states.float()
+    def _target(self, noisy: Tensor, start: Tensor, end: Tensor, conditions: Conditions, scales: Tensor) -> Tensor:
+        with self.student.teacher() as teacher:
+            solved = self.consistency.solve(teacher, noisy, start, end, conditions, self.unconditional, scales)
+        with self.trainer.averaged_weights():
+            return self.consistency.apply(self.student.unet, solved, end, conditions, self.student.embed(scales))
 
 
-def with_lora(
-    unet: UNet2DConditionModel, rank: int = LORA_RANK, targets: Sequence[str] = LORA_TARGETS
-) -> UNet2DConditionModel:
-    """A copy that trains a LoRA only. Its strength `alpha` equals the rank, diffusers' default on loading."""
-    student = copy.deepcopy(unet).train()
-    student.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
-    return student
+def add_lora(unet: Any, rank: int = LORA_RANK, targets: Sequence[str] = LORA_TARGETS) -> Any:
+    """Gives the network a LoRA, in fp32, and freezes the rest. Its strength `alpha` equals the rank, diffusers' default
+    on loading."""
+    unet.requires_grad_(False).train()
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
+    for weight in unet.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return unet
 
 
-def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+def with_guidance_input(teacher: Any) -> Any:
+    """A copy in fp32 that reads a guidance scale. That input's weights are zero, so that it begins as the teacher."""
+    student: Any = UNet2DConditionModel.from_config(dict(teacher.config), time_cond_proj_dim=GUIDANCE_WIDTH)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student.to(teacher.device, torch.float32).train()
+
+
+def save_lora(unet: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the LoRA as diffusers' `load_lora_weights` reads it."""
-    layers = {name: weight.contiguous() for name, weight in get_peft_model_state_dict(unet).items()}
+    layers = {name: weight.to(dtype).contiguous() for name, weight in get_peft_model_state_dict(unet).items()}
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
 
@@ -179,17 +265,30 @@ def main(
     seed: int = 2,
 ) -> None:
     """Distil the teacher into an LCM-LoRA; continues where an interrupted run stopped."""
+    from models.training.mini.latents import LatentCache
+    from models.training.mini.teacher import CaptionedLatents, PaintedBatches, open_trained
+    from models.training.mini.vocabulary import load_vocabulary
+
     vocabulary = load_vocabulary() if emoji else load_vocabulary().without_emoji()
-    tokenizer = CLIPTokenizer.from_pretrained(teacher / "tokenizer")
-    data = CaptionedLatents(LatentCache.load(latents), vocabulary, tokenizer, batch_size)
+    source = open_trained(teacher)
+    encoders = source.load_encoders(CPU)
+    data = CaptionedLatents(LatentCache.load(latents), vocabulary, encoders.tokenizers[0], batch_size)
+    torch.manual_seed(seed)
+    student = LoraStudent(source.load_unet(CPU, torch.float32), LORA_RANK)
+    scheduler = source.build_scheduler(LCMScheduler, original_inference_steps=solver_timesteps)
+
+    def save() -> None:
+        save_lora(student.unet, out)
+        scheduler.save_pretrained(out)
+
     Distiller(
-        UNet2DConditionModel.from_pretrained(teacher / "unet"),
-        CLIPTextModel.from_pretrained(teacher / "text_encoder"),
-        data,
+        student,
+        source.build_diffusion(CPU),
+        PaintedBatches(data, encoders),
         out,
         TrainSettings(steps, rate, warmup=30, ema_decay=ema_decay, save_every=250, weight_decay=0, seed=seed),
-        LcmSettings(solver_timesteps=solver_timesteps, guidance_scale=guidance_scale),
-    ).distill()
+        LcmSettings(solver_timesteps, guidance_scale, guidance_scale),
+    ).distill(save)
 
 
 if __name__ == "__main__":

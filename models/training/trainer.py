@@ -5,28 +5,35 @@ from __future__ import annotations
 import csv
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+from models.training.errors import CheckpointError, Diverged, Interrupted
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "loss.csv"
+FREE_SETTINGS = ("save_every", "log_every")  # which may change in the middle of a run
+CPU = torch.device("cpu")
 
 LossFunction = Callable[[int], Tensor]
 Callback = Callable[[], None]
+Identity = Mapping[str, Any]  # of plain values
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How long and how fast. `steps` is the whole plan: the cosine ends there, however often a run is interrupted."""
+    """How long and how fast. `steps` is the whole plan: the cosine ends there, however often a run is interrupted.
+    One step is `accumulate` batches."""
 
     steps: int
     rate: float = 1e-3
@@ -38,6 +45,7 @@ class TrainSettings:
     save_every: int = 500
     log_every: int = 20
     seed: int = 0
+    accumulate: int = 1
 
     def rate_share(self, step: int) -> float:
         """Share of the full rate at `step`: linear warm-up, then a cosine down to `final_share`."""
@@ -47,8 +55,25 @@ class TrainSettings:
         return self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True)
+class Compute:
+    """Where a training runs, and what its forward passes compute in."""
+
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.bfloat16
+
+    def autocast(self) -> torch.autocast:
+        """Trained weights stay in fp32; with `dtype` float32 this does nothing."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
 class Trainer:
-    """Trains one module. Everything that decides the next step is in its checkpoint, random states included."""
+    """Trains what requires gradients in one module, on the device where it is.
+
+    Everything that decides the next step is in its checkpoint, random states included; frozen weights are not, nor are
+    they averaged: of a network with a LoRA only the LoRA. `identity` is what else a checkpoint must have been made
+    with, such as the data's fingerprint. Raises CheckpointError where `out` holds the checkpoint of another run.
+    """
 
     def __init__(
         self,
@@ -56,57 +81,86 @@ class Trainer:
         out: Path,
         settings: TrainSettings,
         groups: Iterable[dict[str, Any]] | None = None,
+        identity: Identity | None = None,
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.out = out
         self.settings = settings
         self.step = 0
         self.rng = random.Random(settings.seed)
         torch.manual_seed(settings.seed)
-        self.ema = AveragedModel(model, multi_avg_fn=averaging(settings.ema_decay))
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.device = next(iter(self.trainable.values())).device
+        self.averages = Averages(self.trainable, settings.ema_decay)
         self.optimizer = torch.optim.AdamW(
-            list(groups) if groups is not None else trainable,
+            list(groups) if groups is not None else list(self.trainable.values()),
             lr=settings.rate,
             betas=(0.9, 0.99),
             weight_decay=settings.weight_decay,
             fused=True,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, settings.rate_share)
+        self._identity = {**asdict(settings), **(identity or {})}
+        self._is_stopping = False
         out.mkdir(parents=True, exist_ok=True)
         self.resume()
 
     @property
-    def averaged(self) -> Any:
-        """The model with averaged weights."""
-        return self.ema.module
+    def is_done(self) -> bool:
+        return self.step >= self.settings.steps
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the model has the averaged weights. They change places, so it costs no memory; not for anything
+        whose backward pass comes later."""
+        self.averages.swap()
+        try:
+            yield
+        finally:
+            self.averages.swap()
+
+    def keep_average(self) -> Any:
+        """The model, with the averaged weights for good: the end of its training."""
+        self.averages.swap()
+        return self.model
 
     def fit(self, loss_of: LossFunction, on_save: Callback | None = None, until: int | None = None) -> None:
-        """Train from the current step up to the plan's end (or `until`); `loss_of` gets the step's number."""
+        """Train from the current step up to the plan's end (or `until`); `loss_of` gets the step's number.
+
+        Whatever random numbers `on_save` draws, the training goes on as without it. Raises Diverged, and Interrupted
+        after Ctrl-C.
+        """
         end = min(self.settings.steps, until or self.settings.steps)
-        with short_attention(), tqdm(total=end, initial=self.step, desc=self.out.name, mininterval=2.0) as bar:
+        bar = tqdm(total=end, initial=self.step, desc=self.out.name, mininterval=2.0)
+        with _fast_attention(self.device), self._stops_between_steps(), bar:
             while self.step < end:
-                loss = self._update(loss_of(self.step))
+                loss = self._update(loss_of)
                 bar.update()
                 if self.step % self.settings.log_every == 0:
-                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                    self._log(loss)
-                if self.step % self.settings.save_every == 0 or self.step == end:
-                    self.save()
-                    if on_save is not None:
-                        on_save()
+                    bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+                    self._log(float(loss))
+                if self.step % self.settings.save_every == 0 or self.step == end or self._is_stopping:
+                    self._save(on_save)
+                if self._is_stopping:
+                    raise Interrupted(self.step, self.settings.steps)
 
-    def _update(self, loss: Tensor) -> float:
+    def _update(self, loss_of: LossFunction) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.settings.accumulate):
+            loss = loss_of(self.step) / self.settings.accumulate
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.settings.clip)
         self.optimizer.step()
         self.schedule.step()
-        self.ema.update_parameters(self.model)
+        self.averages.update()
         self.step += 1
-        return float(loss.detach())
+        return total
 
     def _log(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {self.step}: try a lower rate than {self.settings.rate:g}")
         path = self.out / LOG
         fresh = not path.exists()
         with path.open("a", newline="") as file:
@@ -115,16 +169,42 @@ class Trainer:
                 writer.writerow(("step", "loss", "rate"))
             writer.writerow((self.step, f"{loss:.6f}", f"{self.schedule.get_last_lr()[0]:.3e}"))
 
+    @contextmanager
+    def _stops_between_steps(self) -> Iterator[None]:
+        """The first Ctrl-C ends the run after the step that is under way, the second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        former = signal.getsignal(signal.SIGINT)
+
+        def stop(_number: int, _frame: object) -> None:
+            self._is_stopping = True
+            signal.signal(signal.SIGINT, former)
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, former)
+
+    def _save(self, on_save: Callback | None) -> None:
+        self.save()
+        if on_save is not None:
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                on_save()
+
     def save(self) -> None:
         """Write the checkpoint; a crash in the middle leaves the former one intact."""
         state = {
+            "identity": self._identity,
             "step": self.step,
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            "model": self._own_state(),
+            "averages": self.averages.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "python_rng": self.rng.getstate(),
             "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         unfinished = self.out / f"{CHECKPOINT}.part"
         torch.save(state, unfinished)
@@ -135,31 +215,78 @@ class Trainer:
         path = self.out / CHECKPOINT
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        self._check_identity(path, state.get("identity", {}))
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
+        self.model.load_state_dict(state["model"], strict=False)
+        self.averages.load_state_dict(state["averages"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         version, internal, gauss = state["python_rng"]
         self.rng.setstate((version, tuple(internal), gauss))
-        torch.set_rng_state(state["torch_rng"])
+        torch.set_rng_state(state["torch_rng"].clone())
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"].clone(), self.device)
+        self._forget_later_losses()
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """What this training changes: trained weights, and buffers."""
+        frozen = {name for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
+
+    def _check_identity(self, path: Path, written: Identity) -> None:
+        """Raises CheckpointError for a checkpoint that these settings would continue otherwise than they began."""
+        for name in sorted({*written, *self._identity} - set(FREE_SETTINGS)):
+            then, now = written.get(name), self._identity.get(name)
+            if then != now:
+                raise CheckpointError(
+                    f"{path} was written with {name} = {then}, and now it is {now}: "
+                    "give the same again, or another folder to write to"
+                )
+
+    def _forget_later_losses(self) -> None:
+        """Of steps that a crash undid."""
+        path = self.out / LOG
+        if path.exists():
+            head, *rows = path.read_text().splitlines(keepends=True)
+            path.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= self.step))
 
 
-def averaging(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Exponential averaging that forgets its beginning: the first steps are averaged over a tenth of their number."""
+class Averages:
+    """Exponential averages of weights, which forget their beginning: the first steps are averaged over a tenth of their
+    number."""
 
-    def update(averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
-        torch._foreach_lerp_(list(averages), list(currents), 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+    def __init__(self, weights: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._weights = weights
+        self._averages = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._decay = decay
+        self._count = 0
 
-    return update
+    @torch.no_grad()
+    def update(self) -> None:
+        share = 1 - min(self._decay, (1 + self._count) / (10 + self._count)) if self._count else 1.0
+        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), share)
+        self._count += 1
+
+    def swap(self) -> None:
+        """The weights take the averages' place, and the averages theirs."""
+        for name, weight in self._weights.items():
+            weight.data, self._averages[name] = self._averages[name], weight.data
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self._count, "averages": self._averages}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._count = state["count"]
+        for name, average in self._averages.items():
+            average.copy_(state["averages"][name])
 
 
 def autocast() -> torch.autocast:
-    """bf16 for the forward passes; the weights stay in fp32."""
-    return torch.autocast("cpu", torch.bfloat16)
+    """bf16 for the forward passes on a CPU."""
+    return Compute().autocast()
 
 
-def short_attention() -> AbstractContextManager[None]:
-    """Plain attention: on a CPU and with few tokens, the fused kernel's backward pass costs a third of a step."""
-    return sdpa_kernel(SDPBackend.MATH)
+def _fast_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Plain attention on a CPU: with few tokens, the fused kernel's backward pass costs a third of a step."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

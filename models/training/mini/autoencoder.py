@@ -122,7 +122,7 @@ def train_kl(
         return reconstruction_loss(output.float(), pixels) + ANCHOR_WEIGHT * anchor + WIDTH_WEIGHT * width
 
     trainer.fit(loss_of)
-    averaged: AutoencoderKL = trainer.averaged.eval()
+    averaged: AutoencoderKL = trainer.keep_average().eval()
     averaged.save_pretrained(out / "vae")
     return averaged
 
@@ -142,7 +142,7 @@ def train_tiny(
         return reconstruction_loss(output.float(), pixels) + ENCODER_WEIGHT * F.mse_loss(encoded.float(), latents[:few])
 
     trainer.fit(loss_of)
-    averaged: AutoencoderTiny = trainer.averaged.eval()
+    averaged: AutoencoderTiny = trainer.keep_average().eval()
     averaged.save_pretrained(out / "taesd")
     return averaged
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.training.diffusion import Diffusion, draw_timesteps
-from models.training.lcm import LORA_TARGETS, save_lora, with_lora
+from models.training.lcm import LORA_TARGETS, add_lora, save_lora
 from models.training.mini.dataset import Pixels
 from models.training.mini.export import BUNDLED, export_lora, shipment
 from models.training.mini.latents import SCENES, Encode, LatentCache, encode_scenes
@@ -56,7 +56,7 @@ class StyleTraining:
         self.settings = settings
         self.diffusion = Diffusion()
         torch.manual_seed(settings.seed)
-        self.unet = with_lora(unet.requires_grad_(False), STYLE_RANK, STYLE_TARGETS)
+        self.unet = add_lora(unet, STYLE_RANK, STYLE_TARGETS)
         self.trainer = Trainer(self.unet, out, settings)
 
     def run(self) -> None:
@@ -64,7 +64,8 @@ class StyleTraining:
         self.trainer.fit(self.loss, on_save=self.save)
 
     def save(self) -> None:
-        save_lora(self.trainer.averaged, self.out)
+        with self.trainer.averaged_weights():
+            save_lora(self.unet, self.out)
 
     def loss(self, step: int) -> Tensor:
         latents, tokens = self.data.batch(self.trainer, CAPTION_DROPOUT)
@@ -73,7 +74,7 @@ class StyleTraining:
         noisy = self.diffusion.add_noise(latents, noise, timesteps)
         with autocast():
             velocity = self.unet(noisy, timesteps, self._states(tokens)).sample
-        return F.mse_loss(velocity.float(), self.diffusion.velocity(latents, noise, timesteps))
+        return F.mse_loss(velocity.float(), self.diffusion.target(latents, noise, timesteps))
 
     @torch.no_grad()
     def _states(self, tokens: Tensor) -> Tensor:

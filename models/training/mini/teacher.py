@@ -9,6 +9,8 @@ empty, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,13 +23,16 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from models.training.diffusion import Diffusion, draw_timesteps
+from models.training.diffusion import Diffusion, build_scheduler, draw_timesteps
+from models.training.fingerprints import tensor_fingerprint
 from models.training.mini.captions import Captioner
 from models.training.mini.dataset import Scene
 from models.training.mini.latents import LatentCache
 from models.training.mini.tokenizer import MAX_TOKENS, build_tokenizer, save_tokenizer
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
-from models.training.trainer import Trainer, TrainSettings, autocast
+from models.training.pictures import Batch
+from models.training.teachers import Conditions, Encoders, Teacher
+from models.training.trainer import CPU, Identity, Trainer, TrainSettings, autocast
 
 HIDDEN = 192
 LATENT_SIZE = 16
@@ -83,11 +88,16 @@ class CaptionedLatents:
 
     def batch(self, trainer: Trainer, dropout: float) -> tuple[Tensor, Tensor]:
         """Latents `"b 4 h w"` and token ids `"b t"`; a share of `dropout` gets the empty caption."""
-        latents, scenes = self.cache.draw(self.batch_size, trainer.rng)
-        return latents, self.tokens([self._caption(scene, trainer, dropout) for scene in scenes])
+        latents, captions = self.draw(trainer.rng, dropout)
+        return latents, self.tokens([caption or "" for caption in captions])
 
-    def _caption(self, scene: Scene, trainer: Trainer, dropout: float) -> str:
-        return "" if trainer.rng.random() < dropout else self.captioner.caption(scene, trainer.rng)
+    def draw(self, rng: random.Random, dropout: float) -> tuple[Tensor, list[str | None]]:
+        """Latents `"b 4 h w"` and captions; a share of `dropout` gets none."""
+        latents, scenes = self.cache.draw(self.batch_size, rng)
+        return latents, [self._caption(scene, rng, dropout) for scene in scenes]
+
+    def _caption(self, scene: Scene, rng: random.Random, dropout: float) -> str | None:
+        return None if rng.random() < dropout else self.captioner.caption(scene, rng)
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         encoded = self.tokenizer(
@@ -95,6 +105,42 @@ class CaptionedLatents:
         )
         ids: Tensor = encoded.input_ids
         return ids
+
+
+class PaintedBatches:
+    """Meets Batches: each caption is worded and encoded anew."""
+
+    def __init__(self, data: CaptionedLatents, encoders: Encoders, dropout: float = CAPTION_DROPOUT) -> None:
+        self.data, self.encoders, self.dropout = data, encoders, dropout
+
+    @property
+    def identity(self) -> Identity:
+        data = tensor_fingerprint(self.data.cache.latents)
+        return {"data": data, "batch_size": self.data.batch_size, "caption_dropout": self.dropout}
+
+    @property
+    def unconditional(self) -> Conditions:
+        return self.encoders.encode_captions([None]).to(CPU)
+
+    def draw(self, rng: random.Random) -> Batch:
+        latents, captions = self.data.draw(rng, self.dropout)
+        conditions = self.encoders.encode_captions(captions).to(CPU)
+        return Batch(latents, conditions.with_time_ids(self.encoders.plain_time_ids(latents)))
+
+
+def open_trained(folder: Path) -> Teacher:
+    """The teacher that this stage wrote: no VAE belongs to it yet."""
+    classes = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel"}
+    return Teacher(
+        name=str(folder),
+        layout="sd",
+        folder=folder,
+        networks={name: (kind, folder / name) for name, kind in classes.items()},
+        variant=None,
+        scheduler_config=dict(build_scheduler().config),
+        unet_config=json.loads((folder / "unet" / "config.json").read_text()),
+        vae_config={},
+    )
 
 
 def warm_up(text_encoder: CLIPTextModel, data: CaptionedLatents, out: Path, settings: TrainSettings) -> None:
@@ -136,7 +182,7 @@ def train_jointly(
         with autocast():
             states = text_encoder(tokens).last_hidden_state
             velocity = unet(diffusion.add_noise(latents, noise, timesteps), timesteps, states).sample
-        return F.mse_loss(velocity.float(), diffusion.velocity(latents, noise, timesteps))
+        return F.mse_loss(velocity.float(), diffusion.target(latents, noise, timesteps))
 
     trainer.fit(loss_of, on_save=lambda: save_teacher(trainer, out))
     return trainer
@@ -144,8 +190,9 @@ def train_jointly(
 
 def save_teacher(trainer: Trainer, out: Path) -> None:
     """Write the averaged networks as diffusers folders."""
-    for name in ("unet", "text_encoder"):
-        trainer.averaged[name].save_pretrained(out / name)
+    with trainer.averaged_weights():
+        for name in ("unet", "text_encoder"):
+            trainer.model[name].save_pretrained(out / name)
 
 
 def main(

@@ -19,7 +19,7 @@ from models.training.mini.teacher import CaptionedLatents, build_text_encoder
 from models.training.mini.vocabulary import Vocabulary
 from tests.models.training.test_stages import assert_lower, settings, small_unet
 
-BUNDLED = Path(__file__).parents[3] / "models" / "bundled"
+BUNDLED = Path(__file__).parents[4] / "models" / "bundled"
 
 
 def single_shapes(shapes: Vocabulary, composer: Composer) -> list[Case]:
