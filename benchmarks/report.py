@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine
 
 
-def print_table(rows: Sequence[Any]) -> None:
-    """Dataclasses of one kind, as Markdown."""
-    names = list(asdict(rows[0]))
-    print("| " + " | ".join(names) + " |\n| " + " | ".join("---" for _ in names) + " |")
-    for row in rows:
-        print("| " + " | ".join(format_cell(value) for value in asdict(row).values()) + " |")
-    print(flush=True)
+def print_table(rows: Sequence[Any]) -> str:
+    """Dataclasses of one kind, as Markdown; returns what was printed."""
+    names = [field.name for field in fields(rows[0])]
+    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
+    lines += ["| " + " | ".join(format_cell(getattr(row, name)) for name in names) + " |" for row in rows]
+    table = "\n".join(lines)
+    print(table, end="\n\n", flush=True)
+    return table
+
+
+def write_between(path: Path, marks: tuple[str, str], table: str) -> None:
+    """Replace what stands between two marks of a text."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    path.write_text("\n".join([before + marks[0], table, marks[1] + after]), encoding="utf-8")
 
 
 def format_cell(value: object) -> str:

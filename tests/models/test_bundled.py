@@ -9,8 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionPipeline
 
-from models.training.mini.evaluate_style import look_distance
-from models.training.mini.recognizer import ColorNamer, Recognizer
+from models.training.mini.recognizer import ColorNamer, Recognizer, look_distance
 from models.training.mini.reference import Reference, load_reference
 from models.training.mini.restyling import STYLES
 
@@ -51,7 +50,7 @@ def generate(
 
 def test_four_steps_draw_the_thing_and_the_background(pipeline: StableDiffusionPipeline, reference: Reference) -> None:
     pictures = generate(pipeline, [f"a {name} on a {color} background" for name, color in PROMPTS])
-    recognizer, namer = Recognizer(reference.sprites), ColorNamer(list(reference.colors.values()))
+    recognizer, namer = Recognizer(reference.drawings), ColorNamer(list(reference.colors.values()))
     colors = list(reference.colors)
     things = [recognizer.single(picture) for picture in pictures]
     right_things = [
@@ -75,7 +74,7 @@ def test_two_things_come_to_their_places(
 ) -> None:
     where = "above" if is_column else "next to"
     pictures = generate(pipeline, [f"a {one} {where} a {other} on a {color} background" for one, other, color in PAIRS])
-    recognizer = Recognizer(reference.sprites)
+    recognizer = Recognizer(reference.drawings)
     right = [
         thing is not None and name in reference.names[thing]
         for picture, (one, other, _) in zip(pictures, PAIRS, strict=True)

@@ -154,7 +154,8 @@ def vae_encoder(vae: AutoencoderKL) -> Encode:
     def encode(pixels: Tensor) -> Tensor:
         with autocast():
             mean = vae.encode(pixels).latent_dist.mean
-        return mean.float().contiguous() * float(vae.config.scaling_factor)
+        latents: Tensor = mean.float().contiguous() * vae.config.scaling_factor
+        return latents
 
     return encode
 

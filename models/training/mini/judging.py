@@ -77,7 +77,7 @@ class CaseMaker:
 
     def _singles(self, things: Sequence[int]) -> Iterator[Scene]:
         for thing in self.rng.sample(things, len(things)):
-            scenes = [Scene((thing,), background=color) for color in self._grounds((thing,), ())]
+            scenes = [Scene((thing,), background=color) for color in self.grounds((thing,))]
             yield from self._pick([scene for scene in scenes if is_held_out(scene, self.vocabulary)])
 
     def _tinted(self) -> Iterator[Scene]:
@@ -88,7 +88,7 @@ class CaseMaker:
                 Scene((thing,), background=color, tints=(shade,))
                 for shade in self.vocabulary.tints
                 if is_held_out(Scene((thing,), tints=(shade,)), self.vocabulary)
-                for color in self._grounds((thing,), (shade,))
+                for color in self.grounds((thing,), (shade,))
             ]
             yield from self._pick(scenes)
 
@@ -98,14 +98,14 @@ class CaseMaker:
         while len(things) > 1:
             layout: Layout = "row" if number % 2 else "column"
             pair = (self.rng.choice(things), self.rng.choice(things))
-            if is_held_out(Scene(pair, layout), self.vocabulary) and (grounds := self._grounds(pair, ())):
+            if is_held_out(Scene(pair, layout), self.vocabulary) and (grounds := self.grounds(pair)):
                 yield Scene(pair, layout, background=self.rng.choice(grounds))
                 number += 1
 
     def _pick(self, scenes: Sequence[Scene]) -> list[Scene]:
         return [self.rng.choice(scenes)] if scenes else []
 
-    def _grounds(self, things: Sequence[int], tints: Sequence[int]) -> list[int]:
+    def grounds(self, things: Sequence[int], tints: Sequence[int] = ()) -> list[int]:
         """The backgrounds from which every drawing of every thing stands out."""
         sprites = [sprite for thing in things for sprite in self.drawings[thing]]
         if tints:

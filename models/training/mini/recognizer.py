@@ -39,6 +39,17 @@ def sharpness(picture: Pixels) -> float:
     return float((np.abs(np.diff(values, axis=0)).mean() + np.abs(np.diff(values, axis=1)).mean()) / 2)
 
 
+def look_distance(pictures: Sequence[Pixels], others: Sequence[Pixels]) -> float:
+    """Root of the mean squared difference between the looks of pictures and of their counterparts, in 0 to 255."""
+    differences = [_look(picture) - _look(other) for picture, other in zip(pictures, others, strict=True)]
+    return float(np.sqrt(np.square(differences).mean()))
+
+
+def _look(picture: Pixels) -> npt.NDArray[np.float64]:
+    """Mean and spread of each colour channel, and sharpness: `"7"`."""
+    return np.array([*picture.mean(axis=(0, 1)), *picture.std(axis=(0, 1)), sharpness(picture)])
+
+
 class ColorNamer:
     """Names the background's colour: the nearest of the named ones."""
 

@@ -17,15 +17,16 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.training.diffusion import Diffusion, draw_timesteps
 from models.training.lcm import LORA_TARGETS, add_lora, save_lora
+from models.training.mini.autoencoder import load_kl, vae_encoder
 from models.training.mini.dataset import Pixels
 from models.training.mini.export import BUNDLED, export_lora, shipment
-from models.training.mini.latents import SCENES, Encode, LatentCache, encode_scenes
+from models.training.mini.latents import SCENES, LatentCache, encode_scenes
 from models.training.mini.restyling import STYLES
 from models.training.mini.teacher import CAPTION_DROPOUT, CaptionedLatents
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
@@ -82,24 +83,12 @@ class StyleTraining:
         return states
 
 
-def vae_encoder(vae: AutoencoderKL) -> Encode:
-    """From pictures to the scaled latents that the UNet works on."""
-
-    @torch.no_grad()
-    def encode(pixels: Tensor) -> Tensor:
-        latents: Tensor = vae.encode(pixels).latent_dist.mean.contiguous() * vae.config.scaling_factor
-        return latents
-
-    return encode
-
-
 def restyled_latents(
     base: Path, vocabulary: Vocabulary, restyle: Callable[[Pixels], Pixels], count: int, out: Path, seed: int
 ) -> LatentCache:
     """Latents of restyled pictures; an earlier run's are taken from `out`."""
     if not (out / SCENES).exists():
-        vae = AutoencoderKL.from_pretrained(base, subfolder="vae", variant="fp16", dtype=torch.float32)
-        encode_scenes(vocabulary, vae_encoder(vae), count, restyle, seed=seed).save(out)
+        encode_scenes(vocabulary, vae_encoder(load_kl(base)), count, restyle, seed=seed).save(out)
     return LatentCache.load(out)
 
 

@@ -3,7 +3,8 @@
 import pytest
 from transformers import CLIPTokenizer
 
-from models.training.mini.latents import encode_scenes, fit_code
+from models.training.mini.autoencoder import fit_code
+from models.training.mini.latents import encode_scenes
 from models.training.mini.linear_code import LinearCode
 from models.training.mini.teacher import CaptionedLatents
 from models.training.mini.tokenizer import build_tokenizer

@@ -70,7 +70,7 @@ def test_the_kl_autoencoder_learns(pictures: FixedSource, code: LinearCode, tmp_
 
 def test_the_tiny_autoencoder_learns(pictures: FixedSource, code: LinearCode, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    train_tiny(pictures, code, tmp_path, settings(40), build_tiny(8))
+    train_tiny(pictures, code.encode, tmp_path, settings(40), build_tiny(8))
     assert_lower(tmp_path / "tiny", 0.9)
     assert (tmp_path / "taesd" / "config.json").exists()
 

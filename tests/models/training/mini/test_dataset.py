@@ -3,14 +3,23 @@ import random
 import numpy as np
 
 from models.training.mini.captions import Captioner, plain_caption
-from models.training.mini.dataset import Composer, Scene, SceneSampler
+from models.training.mini.dataset import NARROW, Composer, Scene, SceneSampler
 from models.training.mini.recognizer import ColorNamer, Recognizer, background_noise
+from models.training.mini.sprites import draw_shape, tint
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 
 
 def test_every_name_means_one_thing() -> None:
     names = [name for thing in load_vocabulary().things for name in thing.names]
     assert len(names) == len(set(names))
+
+
+def test_only_what_has_no_colour_of_its_own_is_asked_for_in_one() -> None:
+    vocabulary = load_vocabulary()
+    assert vocabulary.can_tint(vocabulary.find("dog"))
+    assert not any(vocabulary.can_tint(vocabulary.find(name)) for name in ("red apple", "orange", "blue star"))
+    assert {"red", "brown"} <= {vocabulary.colors[tint].name for tint in vocabulary.tints}
+    assert not {"black", "gray", "white"} & {vocabulary.colors[tint].name for tint in vocabulary.tints}
 
 
 def test_the_vocabulary_is_large_and_has_twelve_colors() -> None:
@@ -66,3 +75,22 @@ def test_the_recognizer_knows_painted_scenes(shapes: Vocabulary) -> None:
     right = [recognizer.single(picture) == scene.things[0] for scene, picture in zip(scenes, pictures, strict=True)]
     assert sum(right) >= 0.9 * len(right)
     assert all(namer.name(picture) == scene.background for scene, picture in zip(scenes, pictures, strict=True))
+
+
+def test_a_tint_keeps_the_outline_and_takes_the_colour() -> None:
+    sprite = draw_shape("heart", (142, 144, 150))
+    blue = tint(sprite, (48, 98, 208))
+    assert blue.getchannel("A").tobytes() == sprite.getchannel("A").tobytes()
+    assert blue.getpixel((64, 64)) == (48, 98, 208, 255)
+
+
+def test_pictures_of_one_scene_differ_widely(shapes: Vocabulary) -> None:
+    composer, scene = Composer(shapes), Scene((shapes.find("red heart"),), background=3)
+    pictures = [composer.compose(scene, random.Random(seed)).astype(np.int16) for seed in range(8)]
+    narrow = Composer(shapes, poses=NARROW)
+    alike = [narrow.compose(scene, random.Random(seed)).astype(np.int16) for seed in range(8)]
+    assert spread(pictures) > 3 * spread(alike)
+
+
+def spread(pictures: list[np.ndarray[tuple[int, ...], np.dtype[np.int16]]]) -> float:
+    return float(np.mean([np.abs(one - other).mean() for one in pictures for other in pictures]))

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.styles import restyled_judge
 from models.training.mini.dataset import Composer, Pixels
-from models.training.mini.evaluate import Case, build_cases
-from models.training.mini.evaluate_style import look_distance, restyled_judge
 from models.training.mini.export import CARDS
+from models.training.mini.judging import Case, CaseMaker
+from models.training.mini.recognizer import look_distance
 from models.training.mini.restyling import STYLES
+from models.training.mini.sprites import draw_sprites
 from models.training.mini.style import StyleTraining, restyled_latents, ship
 from models.training.mini.teacher import CaptionedLatents, build_text_encoder
 from models.training.mini.vocabulary import Vocabulary
@@ -22,20 +24,23 @@ from tests.models.training.test_stages import assert_lower, settings, small_unet
 BUNDLED = Path(__file__).parents[4] / "models" / "bundled"
 
 
-def single_shapes(shapes: Vocabulary, composer: Composer) -> list[Case]:
-    return [case for case in build_cases(shapes, composer) if case.scene.layout == "single"]
+@pytest.fixture(scope="module")
+def maker(shapes: Vocabulary) -> CaseMaker:
+    return CaseMaker(shapes, draw_sprites(shapes))
+
+
+@pytest.fixture(scope="module")
+def cases(maker: CaseMaker) -> list[Case]:
+    return [case for case in maker.cases(60) if case.kind == "shape"]
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_restyled_things_and_backgrounds_can_be_told_apart(shapes: Vocabulary, style: str) -> None:
-    composer, rng = Composer(shapes), random.Random(0)
-    cases = single_shapes(shapes, composer)
-    judge = restyled_judge(shapes, composer, STYLES[style])
-    pictures = [STYLES[style](composer.compose(case.scene, rng)) for case in cases]
-    right = [judge.has_things(case.scene, picture) for case, picture in zip(cases, pictures, strict=True)]
-    named = [judge.namer.name(picture) == case.scene.background for case, picture in zip(cases, pictures, strict=True)]
-    assert np.mean(right) >= 0.7  # of 108 things: some differ by colour only, which styles mute
-    assert np.mean(named) >= 0.95
+def test_restyled_things_and_backgrounds_can_be_told_apart(maker: CaseMaker, cases: list[Case], style: str) -> None:
+    composer, rng = Composer(maker.vocabulary), random.Random(0)
+    judge = restyled_judge(maker, STYLES[style])
+    verdicts = [judge.judge(case, STYLES[style](composer.compose(case.scene, rng))) for case in cases]
+    assert np.mean([verdict.near for verdict in verdicts]) >= 0.7  # some differ by colour only, which styles mute
+    assert np.mean([verdict.background for verdict in verdicts]) >= 0.95
 
 
 def test_neon_is_night_and_sketch_is_paper_on_every_background(shapes: Vocabulary) -> None:
@@ -45,9 +50,9 @@ def test_neon_is_night_and_sketch_is_paper_on_every_background(shapes: Vocabular
         assert STYLES["sketch"](empty).min() > 180
 
 
-def test_looks_differ_by_style_and_not_from_themselves(shapes: Vocabulary) -> None:
+def test_looks_differ_by_style_and_not_from_themselves(shapes: Vocabulary, cases: list[Case]) -> None:
     composer = Composer(shapes)
-    pictures = [composer.compose(case.scene, random.Random(0)) for case in single_shapes(shapes, composer)]
+    pictures = [composer.compose(case.scene, random.Random(0)) for case in cases]
     restyled = [STYLES["neon"](picture) for picture in pictures]
     assert look_distance(pictures, pictures) == 0
     assert look_distance(restyled, pictures) > 20

@@ -1,0 +1,110 @@
+"""Pictures of the bundled models out of the service's own engine, by any setting: what fidelity is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from benchmarks.jobs import make_job
+from broker.messages import Delivery, LoraWeight
+from models.catalog import BUNDLED_PATH, ModelSpec, SchedulerSpec, get_spec, load_catalog
+from models.loading import load_pipeline
+from models.training.mini.dataset import Pixels
+from models.training.mini.pixels import to_pixels, to_tensor
+from workers.engine import Engine, Finished
+from workers.engine.engine import run_until_done
+from workers.engine.runner import ModelRunner
+
+BASE = get_spec(load_catalog(), "mini-lcm")
+TEACHER = "mini-sd"
+TRAILING = {"timestep_spacing": "trailing"}
+SCHEDULERS = {
+    **BASE.schedulers,
+    "tcd, eta 0": SchedulerSpec(class_name="TCDScheduler", config={"original_inference_steps": 20}),
+    "unipc": SchedulerSpec(class_name="UniPCMultistepScheduler", config=TRAILING),
+}
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to draw. `mini-sd` is `mini-lcm` without its LCM-LoRA; `style` is a style LoRA's name and weight."""
+
+    model: str
+    scheduler: str
+    steps: int
+    guidance: float
+    decoder: str = "full"
+    style: LoraWeight | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            self.model,
+            self.scheduler,
+            f"{self.steps} step{'s' * (self.steps > 1)}",
+            f"guidance {self.guidance:g}",
+        ]
+        parts += [f"{self.decoder} decoder"] if self.decoder != "full" else []
+        parts += [f"{self.style.name} {self.style.weight:g}"] if self.style else []
+        return ", ".join(parts)
+
+
+class Painter:
+    """Draws with any setting; each model is loaded once, in float32."""
+
+    def __init__(self) -> None:
+        self._engines: dict[str, Engine] = {}
+
+    def paint(self, setting: Setting, asked: Sequence[tuple[str, int]]) -> list[Pixels]:
+        """A picture for each prompt and seed, in their order, drawn together as far as the engine's batches reach."""
+        spec, engine = spec_of(setting.model), self._engine(setting.model)
+        wishes = {
+            "num_inference_steps": setting.steps,
+            "guidance_scale": setting.guidance,
+            "scheduler": setting.scheduler,
+            "decoder": setting.decoder,
+            "loras": (setting.style,) if setting.style else (),
+        }
+        for index, (prompt, seed) in enumerate(asked):
+            job = make_job(spec, str(index), prompt, seed=seed, **wishes)
+            engine.add(Delivery(job, attempt=1, waited_ms=0))
+        finished = [output for output in run_until_done(engine) if isinstance(output, Finished)]
+        finished.sort(key=lambda output: int(output.request.request_id))
+        return [output.pixels[0] for output in finished]
+
+    def _engine(self, model: str) -> Engine:
+        if model not in self._engines:
+            pipeline = load_pipeline(spec_of(model), torch.device("cpu"), torch.float32)
+            self._engines[model] = Engine({BASE.name: ModelRunner(pipeline)})
+        return self._engines[model]
+
+
+def spec_of(model: str) -> ModelSpec:
+    """The catalog's entry with every scheduler that is compared."""
+    spec = BASE if model == TEACHER else get_spec(load_catalog(), model)
+    lora = None if model == TEACHER else spec.lora
+    return spec.model_copy(update={"schedulers": SCHEDULERS, "lora": lora})
+
+
+@torch.no_grad()
+def rebuild(pictures: Sequence[Pixels]) -> list[Pixels]:
+    """Through the autoencoder of the base model and back."""
+    vae = AutoencoderKL.from_pretrained(BUNDLED_PATH / "mini-sd", subfolder="vae", variant="fp16", dtype=torch.float32)
+    batches = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
+    return [picture for batch in batches for picture in to_pixels(vae(to_tensor(batch), sample_posterior=False).sample)]
+
+
+def save_sheet(pictures: Sequence[Pixels], path: Path, columns: int = 20, number: int = 200) -> None:
+    """At most `number` of the pictures, spread evenly over all."""
+    shown = pictures[:: max(1, len(pictures) // number)][:number]
+    side = shown[0].shape[0]
+    page = Image.new("RGB", (columns * side, -(-len(shown) // columns) * side))
+    for index, picture in enumerate(shown):
+        page.paste(Image.fromarray(picture), (index % columns * side, index // columns * side))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path, quality=85, method=6)

@@ -1,0 +1,42 @@
+"""That the measure runs from end to end; its figures are for people."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_every_row_of_a_question_is_judged(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "benchmarks.fidelity", "--prompts", "6", "--questions", "decoder"]
+    command += ["--json", str(report), "--sheets", str(tmp_path)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180).stdout
+    assert report.exists(), output
+    painted, rebuilt, drawn = json.loads(report.read_text())["rows"]
+    assert painted["background"] == {"right": 24, "of": 24}
+    assert painted["object"]["right"] >= 5
+    assert rebuilt["object"]["right"] >= 4
+    assert drawn["pictures"] == "mini-lcm, lcm, 4 steps, guidance 0, tiny decoder"
+    assert drawn["object"]["right"] >= 3
+    assert drawn["diversity"] > 0
+    assert (tmp_path / "painted.webp").exists()
+
+
+def test_a_style_is_judged_with_and_without(tmp_path: Path) -> None:
+    report, card = tmp_path / "report.json", tmp_path / "card.md"
+    card.write_text("before\n<!-- figures: start -->\nold\n<!-- figures: end -->\nafter\n")
+    command = [sys.executable, "-m", "benchmarks.styles", "neon", "--prompts", "5", "--json", str(report)]
+    output = subprocess.run(
+        [*command, "--card", str(card)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180
+    ).stdout
+    assert report.exists(), output
+    rows = {row["pictures"]: row for row in json.loads(report.read_text())["rows"]}
+    worn = rows["mini-lcm, lcm, 4 steps, guidance 0, neon 1"]
+    assert worn["to_style"] < worn["to_plain"]
+    assert rows["mini-lcm, lcm, 4 steps, guidance 0"]["to_plain"] < worn["to_plain"]
+    text = card.read_text()
+    assert text.startswith("before\n<!-- figures: start -->\n| pictures |")
+    assert text.endswith("<!-- figures: end -->\nafter\n")
+    assert "old" not in text
