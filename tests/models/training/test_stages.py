@@ -1,12 +1,14 @@
 """Every stage, tiny: it learns a fixed small batch, and an interrupted run ends where an unbroken one does."""
 
 import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from models.training.mini.autoencoder import (
     PictureSource,
@@ -16,10 +18,12 @@ from models.training.mini.autoencoder import (
     train_tiny,
 )
 from models.training.mini.linear_code import LinearCode
+from models.training.mini.networks import Networks, build_networks, build_text_encoder, build_unet, build_unet_xl
 from models.training.mini.pixels import to_tensor
-from models.training.mini.teacher import CaptionedLatents, build_text_encoder, build_unet, train_jointly, warm_up
+from models.training.mini.teacher import CaptionedLatents, train_jointly, warm_up
 from models.training.mini.vocabulary import Vocabulary
-from models.training.trainer import LOG, Trainer, TrainSettings
+from models.training.teachers import Layout, open_teacher
+from models.training.trainer import CPU, LOG, Trainer, TrainSettings
 
 
 def settings(steps: int, rate: float = 3e-3) -> TrainSettings:
@@ -50,9 +54,11 @@ def pictures(shapes: Vocabulary) -> FixedSource:
     return FixedSource(shapes, batch_size=4)
 
 
-def small_unet() -> UNet2DConditionModel:
+def small_networks(tokenizer: CLIPTokenizer, layout: Layout = "sd") -> Networks:
     torch.manual_seed(1)
-    return build_unet((16, 16, 16), hidden=16)
+    networks = build_networks(layout, tokenizer, hidden=24)
+    build = build_unet if layout == "sd" else partial(build_unet_xl, pooled=8)
+    return replace(networks, unet=build((16, 16, 16), hidden=24))
 
 
 def test_the_code_is_scaled(pictures: FixedSource, code: LinearCode) -> None:
@@ -75,23 +81,36 @@ def test_the_tiny_autoencoder_learns(pictures: FixedSource, code: LinearCode, tm
     assert (tmp_path / "taesd" / "config.json").exists()
 
 
-def test_the_warm_up_learns(data: CaptionedLatents, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    warm_up(build_text_encoder(data.tokenizer, hidden=16, layers=1), data, tmp_path, settings(60, rate=1e-2))
+@pytest.mark.parametrize("layout", ["sd", "sdxl"])
+def test_the_warm_up_learns(data: CaptionedLatents, tmp_path: Path, layout: Layout) -> None:
+    warm_up(small_networks(data.tokenizer, layout), data, tmp_path, settings(60, rate=1e-2))
     assert_lower(tmp_path / "warm_up", 0.9)
 
 
-def test_joint_training_learns_and_writes_both_networks(data: CaptionedLatents, tmp_path: Path) -> None:
-    text_encoder = build_text_encoder(data.tokenizer, hidden=16, layers=1)
-    train_jointly(small_unet(), text_encoder, data, tmp_path, settings(60, rate=5e-3))
+@pytest.mark.parametrize(("layout", "prediction_type"), [("sd", "v_prediction"), ("sdxl", "epsilon")])
+def test_joint_training_learns_and_its_folder_is_a_teacher(
+    data: CaptionedLatents, tmp_path: Path, layout: Layout, prediction_type: str
+) -> None:
+    networks = small_networks(data.tokenizer, layout)
+    pipeline = networks.pipeline(build_kl((8, 8, 8)), data.tokenizer)
+    train_jointly(
+        networks, data, tmp_path, settings(60, rate=5e-3), lambda: pipeline.save_pretrained(tmp_path / "model")
+    )
     assert_lower(tmp_path / "joint", 0.9)
-    assert (tmp_path / "unet" / "config.json").exists()
-    assert (tmp_path / "text_encoder" / "config.json").exists()
+    teacher = open_teacher(str(tmp_path / "model"), {})
+    assert (teacher.layout, teacher.build_diffusion(CPU).prediction_type) == (layout, prediction_type)
+    tokens, read = data.tokens(["a red star", ""]), teacher.load_encoders(CPU).encode_captions(["a red star", None])
+    with torch.no_grad():
+        trained = networks.encode(tokens)
+    assert torch.allclose(read.states, trained.states, atol=1e-5)
+    assert (read.pooled is None, trained.pooled is None) == (layout == "sd", layout == "sd")
+    if read.pooled is not None and trained.pooled is not None:
+        assert torch.allclose(read.pooled, trained.pooled, atol=1e-5)
 
 
 def test_a_resumed_run_equals_an_unbroken_one(data: CaptionedLatents, tmp_path: Path) -> None:
     def run(out: Path, until: int | None = None) -> Trainer:
-        model = build_text_encoder(data.tokenizer, hidden=16, layers=1)
+        model: CLIPTextModel = build_text_encoder(data.tokenizer, hidden=16, layers=1)
         trainer = Trainer(model, out, settings(8))
 
         def loss_of(_step: int) -> Tensor:

@@ -17,9 +17,9 @@ from models.training.mini.recognizer import look_distance
 from models.training.mini.restyling import STYLES
 from models.training.mini.sprites import draw_sprites
 from models.training.mini.style import StyleTraining, restyled_latents, ship
-from models.training.mini.teacher import CaptionedLatents, build_text_encoder
+from models.training.mini.teacher import CaptionedLatents
 from models.training.mini.vocabulary import Vocabulary
-from tests.models.training.test_stages import assert_lower, settings, small_unet
+from tests.models.training.test_stages import assert_lower, settings, small_networks
 
 BUNDLED = Path(__file__).parents[4] / "models" / "bundled"
 
@@ -73,8 +73,10 @@ def test_pictures_are_restyled_once_and_encoded_by_the_base(shapes: Vocabulary, 
 def test_style_training_lowers_its_loss_and_ships_a_small_half_precision_lora(
     data: CaptionedLatents, tmp_path: Path
 ) -> None:
-    encoder = build_text_encoder(data.tokenizer, hidden=16, layers=1)
-    training = StyleTraining(small_unet(), encoder, data, tmp_path / "run", settings(40, rate=1e-2))
+    networks = small_networks(data.tokenizer)
+    training = StyleTraining(
+        networks.unet, networks.text_encoders["text_encoder"], data, tmp_path / "run", settings(40, rate=1e-2)
+    )
 
     def loss_on_one_batch(step: int) -> Tensor:
         torch.manual_seed(0)
