@@ -372,7 +372,8 @@ def invalid_from(details: Mapping[str, Any], known_fields: Iterable[str], skip: 
         case "missing":
             return InvalidRequest(f"{param}: is required", param=param, code="missing_field")
         case "extra_forbidden":
-            return _unknown_field(param or "", known_fields)
+            is_nested = len(details["loc"]) > skip + 1  # the known fields are those of the body itself
+            return _unknown_field(param or "", () if is_nested else known_fields)
         case "json_invalid":
             reason = details.get("ctx", {}).get("error", "not JSON")
             return InvalidRequest(f"the body is not valid JSON: {reason}", code="invalid_json")

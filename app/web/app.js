@@ -6,7 +6,7 @@ import { LiveClient } from "./live.js";
 import { fetchModels, firstModel, listModels } from "./models.js";
 import { Notices, wordsForConnection, wordsForError } from "./notices.js";
 import { Numbers, figuresOf } from "./numbers.js";
-import { isSamePicture, liveRequest, pictureFields } from "./request.js";
+import { LINK_DEFAULTS, isSamePicture, lengthReason, liveRequest, pictureFields } from "./request.js";
 import { Settings } from "./settings.js";
 import { Stage } from "./stage.js";
 import { Strip } from "./strip.js";
@@ -30,7 +30,8 @@ const MODELS_RETRY_MS = 2_000;
 const RETRY_AFTER_MS = 1_000;
 /** A picture that stood so long without newer words is worth keeping, and worth telling a screen reader of. */
 const REST_MS = 900;
-const SAID_FOR_MS = 4_000;
+/** @type {Record<import("./notices.js").Mood, number>} */
+const SAID_FOR_MS = { wait: 4_000, note: 4_000, bad: 12_000 };
 
 /** @type {Record<import("./live.js").LiveState, string>} */
 const CONNECTION_WORDS = {
@@ -70,19 +71,29 @@ let wanted = readUrl().model ?? "";
 let retryTimer;
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let restTimer;
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let doneTimer;
+let wasLive = false;
 
 // Words in
 
 /** @param {number} [at] when the person acted, on the page's clock */
 function generate(at = performance.now()) {
+  notices.say("request", "");
+  ask(at);
+}
+
+/** Once more, too, where an error passes by itself: what it said stands until then. @param {number} [at] */
+function ask(at = performance.now()) {
   clearTimeout(retryTimer);
   clearTimeout(restTimer);
-  notices.say("request", "");
   prompt.classList.toggle("long", prompt.value.length > LONG_PROMPT_CHARS);
   if (!prompt.value.trim()) return forget();
   settings.turn();
   const wish = readWish();
   writeUrl(wish);
+  const tooLong = lengthReason(wish, settings.card);
+  if (tooLong) return refuse(tooLong);
   if (!canDraw(wish.model)) return;
   newestSeq = live.generate(/** @type {any} */ (liveRequest(wish, settings.card)));
   asked.set(newestSeq, { at, wish, firstMs: null, finalMs: null, refinedFrom: 0 });
@@ -97,6 +108,12 @@ function forget() {
   live.cancel();
   asked.clear();
   writeUrl(readWish());
+}
+
+/** @param {string} why */
+function refuse(why) {
+  forget();
+  notices.say("request", why, "bad");
 }
 
 /**
@@ -141,6 +158,7 @@ async function show(picture) {
   if (!of || !(await stage.show(picture, columns))) return;
   const shownAt = performance.now();
   numbers.frame();
+  if (!stage.isComplete) byId("cells").hidden = true;
   of.firstMs ??= shownAt - of.at;
   showProgress(header);
   if (header.type === "final") finish(picture, of, shownAt);
@@ -182,8 +200,17 @@ function present(kept) {
   const many = columns > 1 ? `${columns ** 2} pictures of ` : "";
   byId("picture").setAttribute("aria-label", many + wish.prompt);
   for (const button of /** @type {NodeListOf<HTMLButtonElement>} */ (document.querySelectorAll("#actions button")))
-    button.disabled = columns > 1 && button.dataset.single !== undefined;
+    disable(button, columns > 1 && button.dataset.single !== undefined);
   offerChoice(kept);
+}
+
+/**
+ * @param {HTMLButtonElement} button
+ * @param {boolean} isOff
+ */
+function disable(button, isOff) {
+  button.disabled = isOff;
+  button.title = isOff ? "Take one of the pictures first" : "";
 }
 
 /** Nobody typed for a moment: the picture is kept, and told. @param {number} latencyMs */
@@ -239,23 +266,35 @@ async function restore(before) {
   clearTimeout(restTimer);
   asked.clear();
   notices.say("request", "");
-  writeWish(kept.wish);
+  complain("Not as it was", writeWish(kept.wish));
   writeUrl(kept.wish);
-  await stage.restore(kept.pictures, kept.columns, newestSeq);
+  if (!(await stage.restore(kept.pictures, kept.columns, newestSeq))) return;
   numbers.show(kept.figures);
   present(kept);
 }
 
-/** @param {Partial<Wish>} wish */
+/**
+ * @param {Partial<Wish>} wish
+ * @returns {string[]} what of it can't be had, in words
+ */
 function writeWish(wish) {
   if (wish.prompt !== undefined) prompt.value = wish.prompt;
   prompt.classList.toggle("long", prompt.value.length > LONG_PROMPT_CHARS);
+  const isGone = Boolean(wish.model && settings.card && !models.has(wish.model));
   if (wish.model && wish.model !== modelBox.value && models.has(wish.model)) {
     modelBox.value = wanted = wish.model;
     useModel(wish.model);
   }
   const lost = settings.write(wish);
-  if (lost.length) tell(`Not as in the link: ${lost.join(", ")}.`, "bad");
+  return isGone ? [`there is no model ${wish.model}`, ...lost] : lost;
+}
+
+/**
+ * @param {string} what
+ * @param {string[]} lost
+ */
+function complain(what, lost) {
+  if (lost.length) tell(`${what}: ${lost.join(", ")}.`, "bad");
 }
 
 // What to do with a picture
@@ -315,8 +354,10 @@ async function copy(text, what) {
 live.on("state", (change) => {
   const connection = byId("connection");
   const { state, code, reason } = change;
+  const isStillAway = state === "connecting" && connection.dataset.state === "waiting";
+  const words = CONNECTION_WORDS[/** @type {import("./live.js").LiveState} */ (isStillAway ? "waiting" : state)];
   connection.dataset.state = state;
-  connection.textContent = CONNECTION_WORDS[/** @type {import("./live.js").LiveState} */ (state)];
+  if (connection.textContent !== words) connection.textContent = words; // once for a screen reader, not at each try
   connection.title = reason ?? "";
   if (state === "closed" && code === 4401) return door.ask(`The service says: ${reason}`);
   const mood = state === "closed" ? "bad" : "wait";
@@ -327,7 +368,14 @@ live.on("state", (change) => {
 live.on("queued", ({ seq, refined, warnings }) => {
   const of = asked.get(seq);
   if (of && refined) of.refinedFrom = performance.now();
-  if (seq === newestSeq) notices.say("warning", (warnings ?? []).join(" "), "note");
+  if (seq !== newestSeq) return;
+  notices.say("request", "");
+  notices.say("warning", (warnings ?? []).join(" "), "note");
+});
+
+live.on("ready", () => {
+  if (wasLive) renewModels();
+  wasLive = true;
 });
 
 live.on("superseded", ({ refined }) => refined || numbers.superseded());
@@ -336,9 +384,10 @@ live.on("error", ({ seq, error, retry_after_ms }) => {
   if (seq !== null && seq < newestSeq) return;
   const { words, passes } = wordsForError(error, retry_after_ms, modelBox.value);
   notices.say("request", words, passes ? "wait" : "bad");
+  if (error.code === "model_not_found") renewModels();
   if (!passes) return;
   const at = asked.get(newestSeq)?.at;
-  retryTimer = setTimeout(() => generate(at), retry_after_ms ?? RETRY_AFTER_MS);
+  retryTimer = setTimeout(() => ask(at), retry_after_ms ?? RETRY_AFTER_MS);
 });
 
 /**
@@ -349,7 +398,8 @@ live.on("error", ({ seq, error, retry_after_ms }) => {
  */
 function tell(words, mood) {
   notices.say("done", words, mood);
-  setTimeout(() => notices.say("done", ""), SAID_FOR_MS);
+  clearTimeout(doneTimer);
+  doneTimer = setTimeout(() => notices.say("done", ""), SAID_FOR_MS[mood]);
 }
 
 /** @param {string} words */
@@ -363,16 +413,41 @@ function speak(words) {
 async function loadModels() {
   const list = await fetchModels(door.headers);
   if (list.status === 401) return door.ask(door.credential && "The service doesn't know this key.");
-  const card = firstModel(list, wanted);
-  if (!card) return loadModelsLater();
   const isFirst = models.size === 0;
-  for (const model of list.cards) models.set(model.id, model);
-  listModels(modelBox, list.cards, card.id);
+  const card = takeModels(list, wanted);
+  if (!card) return loadModelsLater();
   if (isFirst) start(card);
   else if (card.id !== settings.card?.id) useModel(card.id);
   if (prompt.value.trim()) generate();
   else canDraw(card.id);
   return undefined;
+}
+
+/**
+ * @param {import("./models.js").ModelList} list
+ * @param {string} name
+ * @returns {Card | undefined} the one to draw with
+ */
+function takeModels(list, name) {
+  const card = firstModel(list, name);
+  if (!card) return undefined;
+  models.clear();
+  for (const model of list.cards) models.set(model.id, model);
+  listModels(modelBox, list.cards, card.id);
+  return card;
+}
+
+/** A service that was away may have come back with other models. The chosen one stays if it is still there. */
+async function renewModels() {
+  const before = settings.card;
+  if (!before) return;
+  const card = takeModels(await fetchModels(door.headers), before.id);
+  if (!card) return;
+  wanted = card.id;
+  if (card.id === before.id) return;
+  useModel(card.id);
+  tell(`There is no model ${before.id} any more.`, "bad");
+  generate();
 }
 
 /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -387,16 +462,13 @@ function loadModelsLater() {
 function start(card) {
   if (card) useModel(card.id);
   else settings.use(null);
-  const said = readUrl();
-  writeWish(said);
-  if (card && said.model && said.model !== card.id) tell(`Not as in the link: there is no model ${said.model}.`, "bad");
+  complain("Not as in the link", writeWish(readUrl()));
   document.body.dataset.ready = "true";
 }
 
 /** @param {string} name */
 function useModel(name) {
   const card = /** @type {Card} */ (models.get(name));
-  if (card.max_prompt_chars) prompt.maxLength = card.max_prompt_chars;
   settings.use(card);
   offerIdeas(card.example_prompts ?? []);
 }
@@ -437,10 +509,17 @@ modelBox.addEventListener("change", ({ timeStamp }) => {
   generate(timeStamp);
 });
 addEventListener("hashchange", () => {
-  writeWish(readUrl());
+  if (settings.card) useModel(settings.card.id);
+  complain("Not as in the link", writeWish({ ...LINK_DEFAULTS, ...readUrl() }));
   generate();
 });
-addEventListener("online", () => live.connect());
+addEventListener("online", comeBack);
+document.addEventListener("visibilitychange", comeBack);
+
+/** Timers of a hidden page are slow, and pauses grow long without a network: whoever looks again need not wait. */
+function comeBack() {
+  if (live.state === "waiting" && !document.hidden) live.connect();
+}
 
 /** A page with a live token draws by the service's own choices: the token opens the live socket and nothing else. */
 function startWithToken() {

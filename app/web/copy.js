@@ -58,8 +58,9 @@ with open(${JSON.stringify(`${name}.${suffix(output_format)}`)}, "wb") as file:
  */
 export function asJavaScript(fields, { origin, hasKeys }) {
   const url = `${origin.replace(/^http/, "ws")}/v1/live`;
+  const request = JSON.stringify(fields, null, 2).replaceAll("<", "\\u003c"); // a page's own script may not end in it
   const protocols = hasKeys ? '["fewstep.live.v1", "fewstep.auth." + token]' : '["fewstep.live.v1"]';
-  return `${hasKeys ? "const token = prompt('A live token');\n" : ""}const request = ${JSON.stringify(fields, null, 2)};
+  return `${hasKeys ? "const token = prompt('A live token');\n" : ""}const request = ${request};
 const socket = new WebSocket(${JSON.stringify(url)}, ${protocols});
 socket.binaryType = "arraybuffer";
 socket.onopen = () => socket.send(JSON.stringify({ type: "generate", seq: 1, ...request }));

@@ -7,6 +7,8 @@
 
 const STORED_AS = "fewstep.credential";
 const KEY_PREFIX = "fs_";
+/** What a header and a WebSocket's handshake can carry. */
+const CREDENTIAL = /^[\w.~+-]+$/;
 
 export class Door {
   /** @param {(id: string) => any} byId */
@@ -48,9 +50,10 @@ export class Door {
   #enter(event) {
     event.preventDefault();
     const credential = this.byId("credential").value.trim();
-    if (!credential) return;
+    if (!credential) return undefined;
+    if (!CREDENTIAL.test(credential)) return this.ask("That is no key or token: allowed are letters, digits, . _ ~ + -");
     sessionStorage.setItem(STORED_AS, credential);
-    location.reload();
+    return location.reload();
   }
 
   #leave() {

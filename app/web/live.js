@@ -34,7 +34,7 @@ const AUTH_PREFIX = "fewstep.auth.";
 /** The key or token is missing, wrong, or has ended. */
 const AUTH_CLOSE_CODE = 4401;
 /** Close codes after which another try can't succeed by itself. */
-const FINAL_CLOSE_CODES = new Set([1002, 1003, 1008, AUTH_CLOSE_CODE]);
+const FINAL_CLOSE_CODES = new Set([1002, 1003, 1007, 1008, AUTH_CLOSE_CODE]);
 /** The server closed a connection that nobody used: the next request opens a new one. */
 const IDLE_CLOSE_CODE = 4408;
 /** Our message was too big: sending it again would end the same way. */

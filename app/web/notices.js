@@ -73,11 +73,11 @@ export function wordsForConnection({ state, code, reason = "", retryInMs = 0 }) 
   if (code === 1012) return `The service restarts. ${again}`;
   if (code === 1013) return `The service is full: it has as many visitors as it can take. ${again}`;
   if (code === 4429) return `Too many changes in too short a time for this service. ${again}`;
-  return `The connection is gone. ${again}`;
+  return "The connection is gone. Trying again…"; // the same words at each try: a screen reader says them once
 }
 
 /** @param {number} ms */
 const seconds = (ms) => `${Math.ceil(ms / 1000)} seconds`;
 
 /** @param {string} text */
-const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".");
+export const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".");

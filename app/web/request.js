@@ -46,6 +46,15 @@
  * @property {string} [license]
  */
 
+/** What a link means where it says nothing; what isn't here is the model's default. */
+export const LINK_DEFAULTS = Object.freeze({
+  prompt: "",
+  negative: "",
+  loras: [],
+  grid: 1,
+  refine: true,
+  format: "",
+});
 export const MAX_SEED = Number.MAX_SAFE_INTEGER;
 /** Steps of the pictures while somebody types: one gives a guess at once, the second makes it worth looking at. */
 const QUICK_STEPS = 2;
@@ -104,6 +113,18 @@ export function negativeReason(guidance, card) {
   if (card.guidance === "embedded") return "This model reads the guidance itself and knows no negative prompt.";
   if (card.guidance === "none" || card.guidance_scale.max <= 1) return "This model draws without guidance.";
   return (guidance ?? card.guidance_scale.default) > 1 ? "" : "It counts with a guidance above 1 only.";
+}
+
+/**
+ * Why the words are too long for the model; empty where they aren't. The service counts code points.
+ *
+ * @param {Wish} wish
+ * @param {Card | null} card
+ */
+export function lengthReason({ prompt, negative }, card) {
+  const length = Math.max([...prompt].length, [...negative].length);
+  if (!card?.max_prompt_chars || length <= card.max_prompt_chars) return "";
+  return `Not drawn. These are ${length} characters, and ${card.id} reads at most ${card.max_prompt_chars}.`;
 }
 
 /**

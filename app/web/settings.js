@@ -1,5 +1,6 @@
 /** The controls beside the prompt. They follow the limits of the chosen model. */
 
+import { sentence } from "./notices.js";
 import { MAX_SEED, negativeReason, randomSeed } from "./request.js";
 
 /** @typedef {import("./request.js").Wish} Wish */
@@ -75,7 +76,6 @@ export class Settings {
     this.byId("scheduler-field").hidden = card.schedulers.length < 2;
     bound(this.byId("steps"), card.num_inference_steps, 1);
     bound(this.byId("guidance"), card.guidance_scale, guidanceStep(card.guidance_scale));
-    this.byId("negative").maxLength = card.max_prompt_chars;
     this.#offerGrids(card.max_num_images);
     this.#offerLoras(card.loras ?? []);
     this.#label();
@@ -118,11 +118,11 @@ export class Settings {
       this.#slide("steps", "steps", wish.steps),
       this.#slide("guidance", "guidance", wish.guidance),
       ...this.#writeLoras(wish.loras),
+      this.#lay(wish.grid),
     ];
     if (wish.negative !== undefined) byId("negative").value = wish.negative;
     if (wish.refine !== undefined) byId("refine").checked = wish.refine;
     if (wish.format !== undefined) byId("format").value = wish.format;
-    if (wish.grid !== undefined && !byId(`grid-${wish.grid}`).disabled) this.grid = wish.grid;
     if (wish.seed !== undefined && wish.seed >= 0) {
       this.seed = wish.seed;
       this.#lock(true);
@@ -218,6 +218,14 @@ export class Settings {
     return "";
   }
 
+  /** @param {1 | 2 | 3 | undefined} columns */
+  #lay(columns) {
+    if (!columns) return "";
+    const isTooMany = this.byId(`grid-${columns}`).disabled;
+    this.grid = isTooMany ? 1 : columns;
+    return isTooMany ? `${columns ** 2} pictures became one` : "";
+  }
+
   /**
    * @param {string} id
    * @param {string} name
@@ -270,7 +278,9 @@ function loraControl({ name, description, trigger, weight, license }, place) {
   const output = document.createElement("output");
   output.htmlFor.add(slider.id);
   const hint = Object.assign(document.createElement("p"), { className: "hint", id: `${id}-hint` });
-  hint.textContent = [description, trigger && `Say “${trigger}”.`, license].filter(Boolean).join(" ");
+  hint.textContent = [description && sentence(description), trigger && `Say “${trigger}”.`, license]
+    .filter(Boolean)
+    .join(" ");
   box.setAttribute("aria-describedby", hint.id);
   row.append(box, label, slider, output, hint);
   return row;

@@ -22,6 +22,8 @@ export class Stage {
   #columns = 1;
   /** Requests up to this one are answered too late: another picture was chosen since. */
   #over = 0;
+  /** Pictures of before that are being decoded; later ones replace them. @type {LivePicture[]} */
+  #restoring = [];
   #isFading = false;
 
   /**
@@ -65,6 +67,7 @@ export class Stage {
       bitmap.close();
       return false;
     }
+    this.#restoring = [];
     this.#lay(columns);
     this.#put(picture, bitmap, picture.header.index ?? 0);
     this.#describe(picture);
@@ -77,16 +80,23 @@ export class Stage {
    * @param {LivePicture[]} pictures
    * @param {number} columns
    * @param {number} over the newest request of now
+   * @returns {Promise<boolean>} false where something newer was there before they were decoded
    */
   async restore(pictures, columns, over) {
     this.#over = over;
+    this.#restoring = pictures;
     const bitmaps = await Promise.all(pictures.map(({ image }) => createImageBitmap(image)));
+    if (this.#restoring !== pictures) {
+      for (const bitmap of bitmaps) bitmap.close();
+      return false;
+    }
     for (const cell of this.#cells) drop(cell);
     this.#cells = [];
     this.#lay(columns);
     pictures.forEach((picture, index) => this.#put(picture, bitmaps[index], index));
     this.#repaint();
     this.#describe(pictures[0]);
+    return true;
   }
 
   /** @param {LivePicture} picture */

@@ -354,3 +354,15 @@ def test_an_answer_of_something_in_between(content: bytes) -> None:
 )
 def test_kinds_of_errors(status: int, kind: type[ApiError]) -> None:
     assert error_class(status) is kind
+
+
+@pytest.mark.parametrize("base_url", ["", "127.0.0.1:8000", "ws://example.org", "http://"])
+def test_a_wrong_address_is_named(base_url: str) -> None:
+    with pytest.raises(ValueError, match=f"base_url: '{base_url}' is not allowed"):
+        AsyncClient(base_url)
+
+
+def test_a_key_that_no_header_carries_is_not_shown() -> None:
+    with pytest.raises(ValueError, match=r"^key: letters, digits") as caught:
+        AsyncClient(key="fs_geheimniß")
+    assert "geheim" not in str(caught.value)

@@ -563,6 +563,16 @@ async def test_what_a_newer_server_says_is_passed_over() -> None:
         assert [type(event) for event in await rest(live)] == [Ready, Closed]
 
 
+async def test_what_a_newer_server_adds_to_an_error_is_passed_over() -> None:
+    async def speak(socket: ServerConnection) -> None:
+        error = {"message": "no", "type": "t", "param": None, "code": "c", "newer": "field"}
+        await socket.send(json.dumps({"type": "error", "seq": 1, "request_id": None, "error": error}))
+        await socket.close(1008)
+
+    async with serving(speak) as url, AsyncLive(url) as live:
+        assert await rest(live) == [Error(1, None, "no", "t", None, "c"), Closed(1008, "")]
+
+
 # Pure
 
 

@@ -16,6 +16,7 @@ from fewstep_client import (
     FinalFrame,
     Live,
     LiveClosed,
+    LiveEvent,
     Picture,
     Preview,
     PreviewFrame,
@@ -119,3 +120,24 @@ def test_a_refusal_is_the_last_event(service_url: str) -> None:
         assert [type(event) for event in live] == [Closed]
         with pytest.raises(LiveClosed):
             live.generate(PROMPT)
+
+
+def test_a_closed_client_says_so_as_the_one_with_asyncio_does(service_url: str) -> None:
+    with Live(service_url) as live:
+        assert isinstance(next(iter(live)), Ready)
+    for call in (live.cancel, lambda: live.generate(PROMPT)):
+        with pytest.raises(LiveClosed, match="the connection is closed: closed by this client"):
+            call()
+    assert list(live) == [Closed(1000, "closed by this client")]
+
+
+def test_closing_in_one_thread_ends_the_iteration_in_another() -> None:
+    for _ in range(40):
+        live = Live("http://127.0.0.1:1")  # where nobody listens
+        last: list[LiveEvent] = []
+        reader = threading.Thread(target=lambda live, last: last.extend(live), args=(live, last), daemon=True)
+        reader.start()
+        live.close()
+        reader.join(5)
+        assert not reader.is_alive()
+        assert isinstance(last[-1], Closed)

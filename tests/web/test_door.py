@@ -65,3 +65,11 @@ def test_a_wrong_one_is_forgotten_and_the_reason_told(page: Page, credential: st
     enter(page, credential)
     expect(page.locator("#door-reason")).to_contain_text(reason)
     assert page.evaluate("sessionStorage.length") == 0
+
+
+@pytest.mark.parametrize("credential", ["fs_aaaaaaaaaaaa_…", "two words"])
+def test_what_no_handshake_carries_is_refused_at_once(page: Page, credential: str) -> None:
+    enter(page, credential)
+    expect(page.locator("#door-reason")).to_contain_text("That is no key or token")
+    expect(page.get_by_label("Live token or key")).to_be_focused()
+    assert page.evaluate("sessionStorage.length") == 0

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Page, Route, WebSocketRoute, expect
 
 from tests.web.conftest import OpenPage
 from tests.web.pages import (
@@ -23,8 +23,10 @@ from tests.web.pages import (
     assert_same_picture,
     copied,
     downloaded,
+    error,
     is_kept,
     picture,
+    shows_color,
     shows_final,
     shows_refined,
 )
@@ -112,6 +114,58 @@ def test_values_of_a_link_stay_within_the_limits(open_page: OpenPage, service_ur
     assert service.newest["refine"]["num_inference_steps"] == 20
 
 
+def test_a_grid_that_is_too_large_for_the_model_becomes_one_picture(open_page: OpenPage, service_url: str) -> None:
+    service = Service(service_url, max_num_images=4)
+    page = open_page(service.prepare, state="#prompt=tree&grid=3")
+    shows_final(page, "tree")
+    expect(page.locator("#message")).to_have_text("Not as in the link: 9 pictures became one.")
+    assert "num_images" not in service.newest
+
+
+def test_a_model_that_is_gone_after_a_restart_gives_way_to_one_that_is_there(
+    open_page: OpenPage, service_url: str
+) -> None:
+    service = Service(service_url)
+    service.add("other")
+
+    def answer(connection: int, message: dict[str, Any], socket: WebSocketRoute) -> None:
+        if connection == 1:
+            del service.models["data"][1]
+            socket.close(code=1012, reason="{}")
+        elif message["model"] == "other":
+            socket.send(error(message["seq"], "model_not_found", "model: there is no other"))
+        else:
+            socket.send(picture(message["seq"], 1, "lime"))
+
+    service.socket.answer = answer
+    page = open_page(service.prepare, state="#model=other")
+    page.locator("#prompt").fill("tree")
+    shows_final(page, "tree")
+    expect(page.locator("#message")).to_have_text("There is no model other any more.")
+    assert page.locator("#model option").all_inner_texts() == ["mini-lcm"]
+    assert service.newest["model"] == "mini-lcm"
+
+
+def test_a_model_that_was_there_all_along_keeps_its_settings_after_a_reconnect(
+    open_page: OpenPage, service_url: str
+) -> None:
+    service = Service(service_url)
+
+    def answer(connection: int, message: dict[str, Any], socket: WebSocketRoute) -> None:
+        if connection == 1:
+            service.add("newcomer")
+            socket.close(code=1012, reason="{}")
+        else:
+            socket.send(picture(message["seq"], 1, "lime"))
+
+    service.socket.answer = answer
+    page = open_page(service.prepare, state="#steps=7&prompt=tree")
+    shows_final(page, "tree")
+    expect(page.locator("#model option")).to_have_count(2)
+    expect(page.get_by_label("Steps")).to_have_value("7")
+    expect(page.get_by_label("Model")).to_have_value("mini-lcm")
+
+
 def test_a_negative_prompt_waits_for_a_guidance_that_makes_it_count(open_page: OpenPage, service_url: str) -> None:
     service = Service(service_url)
     page = open_page(service.prepare)
@@ -125,7 +179,7 @@ def test_a_negative_prompt_waits_for_a_guidance_that_makes_it_count(open_page: O
     shows_final(page, "tree")
     assert (service.newest["negative_prompt"], service.newest["guidance_scale"]) == ("leaves", 1.5)
     page.get_by_label("Guidance").fill("1")
-    page.wait_for_function("document.getElementById('negative').disabled")
+    expect(negative).to_be_disabled()
     shows_final(page, "tree")
     assert "negative_prompt" not in service.newest
 
@@ -141,7 +195,7 @@ def test_models_that_know_no_negative_prompt_say_so(
 
 def test_styles_are_sent_with_their_weights_and_stand_in_the_link(open_page: OpenPage, service_url: str) -> None:
     weight = {"default": 1.0, "min": 0.0, "max": 1.5}
-    lora = {"name": "pixel", "description": "Pixel art.", "trigger": "pixel style", "weight": weight, "license": "MIT"}
+    lora = {"name": "pixel", "description": "Pixel art", "trigger": "pixel style", "weight": weight, "license": "MIT"}
     service = Service(service_url, loras=[lora, lora | {"name": "ink"}])
     page = open_page(service.prepare)
     page.get_by_label("pixel", exact=True).check()
@@ -200,6 +254,29 @@ def test_another_link_in_the_same_tab_is_followed(open_page: OpenPage) -> None:
     expect(page.locator("#seed")).to_have_value("3")
 
 
+def test_another_link_in_the_same_tab_changes_all_that_it_does_not_name(open_page: OpenPage, service_url: str) -> None:
+    weight = {"default": 1.0, "min": 0.0, "max": 1.5}
+    service = Service(service_url, loras=[{"name": "ink", "description": "", "weight": weight}])
+    state = "#prompt=tree&negative=leaf&guidance=1.5&steps=7&grid=2&refine=0&format=webp&lora=ink:0.5&seed=5"
+    page = open_page(service.prepare, state=state)
+    expect(page.locator("#stage")).to_have_attribute("data-seq", "1")
+    page.evaluate("location.hash = '#prompt=sun&seed=5'")
+    shows_final(page, "sun")
+    fresh = open_page(service.prepare, state="#prompt=sun&seed=5")
+    shows_final(fresh, "sun")
+    first, linked, anew = service.socket.requests
+    assert {"loras", "num_images", "negative_prompt"} <= set(first)
+    assert linked | {"seq": 0, "connection": 0} == anew | {"seq": 0, "connection": 0}
+
+
+def test_a_link_to_a_model_that_is_gone_says_so_in_the_same_tab_too(open_page: OpenPage, service_url: str) -> None:
+    page = open_page(Service(service_url).prepare)
+    page.evaluate("location.hash = '#prompt=sun&model=gone&steps=99'")
+    shows_final(page, "sun")
+    words = "Not as in the link: there is no model gone, steps 99 became 20."
+    expect(page.locator("#message")).to_have_text(words)
+
+
 # The strip, and what can be done with a picture
 
 
@@ -217,6 +294,32 @@ def test_a_picture_of_before_comes_back_with_its_words_and_seed(open_page: OpenP
     expect(page.locator("#prompt")).to_have_value(PROMPT)
     expect(page.locator("#seed")).to_have_value("7")
     assert downloaded(page) == first
+
+
+def test_of_two_pictures_of_before_the_one_chosen_last_is_shown(open_page: OpenPage, service_url: str) -> None:
+    colors = {"one": "red", "two": "blue"}
+    service = Service(service_url)
+    service.socket.answer = lambda _, message, socket: socket.send(
+        picture(message["seq"], 1, colors[message["prompt"]])
+    )
+    page = open_page(service.prepare, state="#refine=0")
+    for count, words in enumerate(colors, start=1):
+        page.locator("#prompt").fill(words)
+        is_kept(page, count)
+    page.evaluate(
+        """() => {
+          const decode = window.createImageBitmap;
+          let calls = 0;
+          const later = (image) => new Promise((resolve) => setTimeout(() => resolve(decode(image)), 400));
+          window.createImageBitmap = (image) => (calls++ ? decode(image) : later(image));
+        }"""
+    )
+    page.get_by_role("button", name="Back to one").click()
+    page.get_by_role("button", name="Back to two").click()
+    page.wait_for_timeout(700)
+    shows_final(page, "two")
+    shows_color(page, [0, 0, 255])
+    assert page.evaluate("seen.bitmaps") == 1
 
 
 def test_the_strip_is_one_stop_that_arrows_walk_along(open_page: OpenPage, service_url: str) -> None:
@@ -300,6 +403,17 @@ def test_what_is_copied_never_holds_a_key(open_page: OpenPage) -> None:
     assert 'os.environ["FEWSTEP_API_KEY"]' in texts[1]
     assert "fewstep.auth." in texts[2]
     assert "wss://a.example/v1/live" in texts[2]
+
+
+def test_the_copied_javascript_does_not_end_the_script_of_the_page_that_it_stands_in(open_page: OpenPage) -> None:
+    program = open_page().evaluate(
+        """async () => {
+          const { asJavaScript } = await import("/static/copy.js");
+          return asJavaScript({ prompt: "</script><b>" }, { origin: "https://a.example", hasKeys: false });
+        }"""
+    )
+    assert "<" not in program
+    assert r'"\u003c/script>\u003cb>"' in program
 
 
 def test_the_url_gives_back_what_went_into_it(open_page: OpenPage) -> None:

@@ -64,7 +64,7 @@ def test_messages() -> None:
         ('{"type":"generate","seq":true,"prompt":"x"}', "seq", "integer"),
         ('{"type":"generate","seq":-1,"prompt":"x"}', "seq", "greater than or equal to 0"),
         ('{"type":"generate","seq":1,"prompt":"x","step":4}', "step", "unknown field"),
-        ('{"type":"generate","seq":1,"prompt":"x","refine":{"after":4}}', "refine.after", "unknown field"),
+        ('{"type":"generate","seq":1,"prompt":"x","refine":{"after":4}}', "refine.after", "; it has to go"),
         ('{"type":"generate","seq":1,"prompt":"x","guidance_scale":NaN}', "guidance_scale", "finite"),
         ('{"type":"generate","seq":1,"prompt":"\\ud800"}', "prompt", "lone surrogates"),
         ('{"type":"cancel","type":"ack"}', None, "'type' comes twice"),

@@ -142,7 +142,7 @@ def read_message(message: dict[str, Any]) -> ServerEvent | None:
         case "cancelled":
             return build(Cancelled, message)
         case "error":
-            return build(Error, message, **message["error"])
+            return build(Error, {**message, **message["error"]})
     return None
 
 

@@ -9,12 +9,13 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, NamedTuple, Self, Unpack
+from urllib.parse import urlsplit
 
 import httpx
 
 from fewstep_client.errors import ApiError, FewstepError, NotDrawn, Unreachable, error_class
 from fewstep_client.fields import Fields, PictureFields
-from fewstep_client.live import backoff_s
+from fewstep_client.live import backoff_s, check_credential
 from fewstep_client.results import LiveToken, Picture, Preview, build, read_pictures, read_preview
 
 MAX_PAUSE_S = 60.0  # a longer Retry-After is the caller's decision
@@ -48,6 +49,9 @@ class AsyncClient:
         max_retries: int = 4,
         timeout_s: float = 75.0,
     ) -> None:
+        check_address(base_url)
+        if key:
+            check_credential("key", key)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx.Timeout(timeout_s, connect=10.0)
         self._http = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout)
@@ -167,6 +171,13 @@ class AsyncClient:
                 break
             await asyncio.sleep(pause_s)
         raise failure
+
+
+def check_address(base_url: str) -> None:
+    """Raises ValueError: what is no address would otherwise be tried again and again."""
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"base_url: {base_url!r} is not allowed; it looks like http://127.0.0.1:8000")
 
 
 ACCEPT_JSON = {"Accept": "application/json"}

@@ -15,13 +15,14 @@ from fewstep_client.live import AsyncLive
 from fewstep_client.results import LiveToken, Picture, Preview
 
 T = TypeVar("T")
+SETTLE_S = 1.0
 
 
 class _Threaded:
     """A loop in a thread, from construction to `close`. Use it as a context manager."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._is_closed, self._lock = asyncio.new_event_loop(), False, threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fewstep-client", daemon=True)
         self._thread.start()
 
@@ -35,18 +36,28 @@ class _Threaded:
 
     def close(self) -> None:
         """Does nothing the second time."""
-        if not self._loop.is_closed():
-            self._wait_for(self._end())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        if self._is_closed:
+            return
+        self._wait_for(self._end())
+        with self._lock:  # no work is given to the loop after what ends it
+            if self._is_closed:
+                return
+            self._is_closed = True
+            settled = asyncio.run_coroutine_threadsafe(_settle(), self._loop)
+        settled.result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     async def _end(self) -> None:
         raise NotImplementedError
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         """What it returns; an interrupt here, as by Ctrl-C, cancels it there."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            future = None if self._is_closed else asyncio.run_coroutine_threadsafe(work, self._loop)
+        if future is None:  # a closed client waits for nothing: it only says that it is closed
+            return asyncio.run(work)
         try:
             return future.result()
         except BaseException:
@@ -151,6 +162,16 @@ class Live(_Threaded):
 
     async def _end(self) -> None:
         await self._live.close()
+
+
+async def _settle() -> None:
+    """What other threads still wait for ends by itself, or is cancelled."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        _, unfinished = await asyncio.wait(others, timeout=SETTLE_S)
+        for task in unfinished:
+            task.cancel()
+        await asyncio.wait(others)
 
 
 async def _next(items: AsyncIterator[T]) -> T | None:
