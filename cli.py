@@ -19,6 +19,7 @@ from commands.console import configure_logging, console, fail, hush_libraries, s
 from commands.distill import distill_app
 from commands.keys import keys_app
 from commands.models import models_app
+from commands.train import train_app
 from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, Terminal, die_with_parent
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(distill_app, name="distill")
+app.add_typer(train_app, name="train")
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="An entry of the catalog; see: fewstep models list")]
 

@@ -4,10 +4,6 @@
 The student's prediction at a noisy timestep is drawn to the averaged student's at a less noisy one. One DDIM step of
 the teacher, with classifier-free guidance, leads from one to the other; it skips `1000 / solver_timesteps` training
 timesteps. Boundary scalings are those of diffusers' `LCMScheduler`, the loss is pseudo-Huber.
-
-`fewstep distill lcm` does this for any teacher; for the miniature, with the pictures that it was trained on:
-
-    python -m models.training.lcm --latents runs/latents --teacher runs/teacher --out runs/lcm
 """
 
 from __future__ import annotations
@@ -17,18 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-import typer
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from models.training.diffusion import Diffusion
 from models.training.pictures import Batches
 from models.training.teachers import Conditions, call_unet
-from models.training.trainer import CPU, Compute, Identity, Trainer, TrainSettings
+from models.training.trainer import Compute, Identity, Trainer, TrainSettings
 
 RUN = "training"  # folder of what a run needs to go on, beside its result
 LORA_RANK = 12  # the miniature's
@@ -251,47 +246,3 @@ def save_lora(unet: Any, folder: Path, dtype: torch.dtype = torch.float32) -> No
     """Write the LoRA as diffusers' `load_lora_weights` reads it."""
     layers = {name: weight.to(dtype).contiguous() for name, weight in get_peft_model_state_dict(unet).items()}
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
-
-
-def main(
-    latents: Annotated[Path, typer.Option(help="Folder that the latents stage wrote.")],
-    teacher: Annotated[Path, typer.Option(help="Folder that the teacher stage wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and results.")],
-    steps: int = 600,
-    rate: float = 4e-4,
-    batch_size: int = 48,
-    guidance_scale: Annotated[float, typer.Option(help="Guidance of the teacher that the student learns.")] = 2.0,
-    solver_timesteps: Annotated[int, typer.Option(help="DDIM timesteps; sampling must use the same number.")] = 20,
-    ema_decay: Annotated[float, typer.Option(help="Decay of the averaged student, which is the target.")] = 0.95,
-    emoji: Annotated[bool, typer.Option(help="As the teacher was trained.")] = True,
-    seed: int = 2,
-) -> None:
-    """Distil the teacher into an LCM-LoRA; continues where an interrupted run stopped."""
-    from models.training.mini.latents import LatentCache
-    from models.training.mini.teacher import CaptionedLatents, PaintedBatches, open_trained
-    from models.training.mini.vocabulary import load_vocabulary
-
-    vocabulary = load_vocabulary() if emoji else load_vocabulary().without_emoji()
-    source = open_trained(teacher)
-    encoders = source.load_encoders(CPU)
-    data = CaptionedLatents(LatentCache.load(latents), vocabulary, encoders.tokenizers[0], batch_size)
-    torch.manual_seed(seed)
-    student = LoraStudent(source.load_unet(CPU, torch.float32), LORA_RANK)
-    scheduler = source.build_scheduler(LCMScheduler, original_inference_steps=solver_timesteps)
-
-    def save() -> None:
-        save_lora(student.unet, out)
-        scheduler.save_pretrained(out)
-
-    Distiller(
-        student,
-        source.build_diffusion(CPU),
-        PaintedBatches(data, encoders),
-        out,
-        TrainSettings(steps, rate, warmup=30, ema_decay=ema_decay, save_every=250, weight_decay=0, seed=seed),
-        LcmSettings(solver_timesteps, guidance_scale, guidance_scale),
-    ).distill(save)
-
-
-if __name__ == "__main__":
-    typer.run(main)

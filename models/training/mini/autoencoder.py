@@ -1,11 +1,9 @@
-"""Stage 1: the autoencoders. First an AutoencoderKL (Kingma & Welling, arXiv 1312.6114; its place as in latent
+"""The autoencoders. First an AutoencoderKL (Kingma & Welling, arXiv 1312.6114; its place as in latent
 diffusion, arXiv 2112.10752), then the tiny one for previews, after the idea of TAESD.
 
 The latents of the first are its own, but held near a fixed linear code: so they have mean 0 and variance 1 from the
 start, are smooth, which a denoiser likes, and decoder and encoder needn't chase each other. The tiny one learns to
 write and read the same latents.
-
-    python -m models.training.mini.autoencoder --out runs/autoencoder
 """
 
 from __future__ import annotations
@@ -13,18 +11,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import typer
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from models.training.mini.dataset import IMAGE_SIZE, Composer, Pixels, SceneSampler
 from models.training.mini.linear_code import LinearCode
 from models.training.mini.pixels import to_tensor
-from models.training.mini.vocabulary import Vocabulary, load_vocabulary
+from models.training.mini.vocabulary import Vocabulary
 from models.training.trainer import Trainer, TrainSettings, autocast
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's own
@@ -34,7 +30,6 @@ ANCHOR_WEIGHT = 0.02  # of the distance between latents and linear code
 WIDTH_WEIGHT = 0.002
 ENCODER_WEIGHT = 0.2  # of the tiny encoder's error
 FIT_PICTURES = 1000
-CODE = "code.safetensors"
 EMA_DECAY = 0.98  # short runs: a longer average would still remember their beginning
 ENCODER_SAVING = 4  # the tiny encoder's task is easy: it sees a quarter of each batch
 
@@ -181,30 +176,3 @@ def report(source: PictureSource, vae: AutoencoderKL, tiny: AutoencoderTiny, see
     print(f"latents: mean {latents.mean():.3f}, standard deviation {latents.std():.3f}")
     for name, pictures in read.items():
         print(f"{name}: {signal_to_noise(pictures, pixels):.2f} dB")
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and results.")],
-    steps: Annotated[int, typer.Option(help="Steps for the KL autoencoder.")] = 4000,
-    tiny_steps: Annotated[int, typer.Option(help="Steps for the tiny autoencoder.")] = 2000,
-    start: Annotated[Path | None, typer.Option(help="Model folder whose vae to go on from.")] = None,
-    rate: float = 2e-3,
-    batch_size: int = 24,
-    emoji: Annotated[bool, typer.Option(help="Without emoji no font is needed.")] = True,
-    seed: int = 0,
-) -> None:
-    """Train both autoencoders; continues where an interrupted run stopped."""
-    vocabulary = load_vocabulary() if emoji else load_vocabulary().without_emoji()
-    source = PictureSource(vocabulary, batch_size)
-    if not (out / CODE).exists():
-        fit_code(vocabulary).save(out / CODE)
-    torch.manual_seed(seed)
-    settings = TrainSettings(steps=steps, rate=rate, ema_decay=EMA_DECAY, seed=seed)
-    vae = train_kl(source, LinearCode.load(out / CODE), out, settings, load_kl(start) if start else build_kl())
-    settings = TrainSettings(steps=tiny_steps, rate=rate, ema_decay=EMA_DECAY, seed=seed + 1)
-    tiny = train_tiny(source, vae_encoder(vae), out, settings, build_tiny())
-    report(source, vae, tiny, seed + 2)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,7 +1,4 @@
-"""Stage 4: export. Gathers what the stages wrote into the folders that ship: Stable Diffusion's layout, fp16.
-
-python -m models.training.mini.export --autoencoder runs/autoencoder --teacher runs/teacher --lcm runs/lcm
-"""
+"""Export: what the stages wrote, as the folders that ship: diffusers' layouts, fp16, with cards."""
 
 from __future__ import annotations
 
@@ -11,55 +8,30 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-import typer
-from diffusers import AutoencoderKL, AutoencoderTiny, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTokenizer
-
-from models.training.diffusion import build_scheduler
-from models.training.mini.reference import save_reference
-from models.training.mini.sprites import draw_sprites
-from models.training.mini.vocabulary import load_vocabulary
 
 BUNDLED = Path(__file__).parents[2] / "bundled"
 CARDS = Path(__file__).with_name("cards")
-MAX_BYTES = 20_000_000
-SOLVER_TIMESTEPS = 20
+MAX_BYTES = 40_000_000
 
 
-def build_pipeline(vae: Path, teacher: Path) -> StableDiffusionPipeline:
-    """The teacher as a plain Stable Diffusion pipeline."""
-    return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(vae),
-        text_encoder=CLIPTextModel.from_pretrained(teacher / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(teacher / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(teacher / "unet"),
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def lcm_scheduler(pipeline: StableDiffusionPipeline, solver_timesteps: int = SOLVER_TIMESTEPS) -> LCMScheduler:
-    """The scheduler that the LoRA was distilled for: the pipeline's own schedule, LCM's steps."""
-    scheduler: LCMScheduler = LCMScheduler.from_config(
-        pipeline.scheduler.config, original_inference_steps=solver_timesteps
-    )
-    return scheduler
-
-
-def export_sd(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Write the pipeline in fp16. Its text encoder's config keeps saying float32, so that no load mixes types."""
-    config = pipeline.text_encoder.config
+def export_pipeline(model: Path, folder: Path) -> None:
+    """Write a diffusers folder in fp16. Its text encoders' configs keep saying float32, so that no load mixes types;
+    beside the tokenizers go the two files that transformers before version 5 reads.
+    """
+    pipeline: Any = DiffusionPipeline.from_pretrained(model)
+    configs = {name: part.config for name, part in pipeline.components.items() if name.startswith("text_encoder")}
     pipeline.to(dtype=torch.float16).save_pretrained(folder, variant="fp16")
-    config.dtype = torch.float32
-    config.save_pretrained(folder / "text_encoder")
-    pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    for name, config in configs.items():
+        config.dtype = torch.float32
+        config.save_pretrained(folder / name)
+    for tokenizer in folder.glob("tokenizer*"):
+        pipeline.tokenizer.backend_tokenizer.model.save(str(tokenizer))
 
 
 def export_tiny(taesd: Path, folder: Path) -> None:
@@ -119,25 +91,3 @@ def put_in_place(made: Path, target: Path) -> None:
 def _make_readable(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def main(
-    autoencoder: Annotated[Path, typer.Option(help="Folder that the autoencoder stage wrote.")],
-    teacher: Annotated[Path, typer.Option(help="Folder that the teacher stage wrote.")],
-    lcm: Annotated[Path, typer.Option(help="Folder that the distillation wrote.")],
-    out: Annotated[Path, typer.Option(help="Where the three model folders go.")] = BUNDLED,
-) -> None:
-    """Write mini-sd, mini-taesd and mini-lcm-lora."""
-    vocabulary = load_vocabulary()
-    pipeline = build_pipeline(autoencoder / "vae", teacher)
-    with shipment(out) as made:
-        export_lora(lcm, made / "mini-lcm-lora")
-        lcm_scheduler(pipeline).save_pretrained(made / "mini-lcm-lora")
-        export_tiny(autoencoder / "taesd", made / "mini-taesd")
-        export_sd(pipeline, made / "mini-sd")
-        save_reference(made / "mini-sd" / "reference", vocabulary, draw_sprites(vocabulary))
-    print(f"{folder_bytes(out):,} bytes in {out}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

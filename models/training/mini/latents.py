@@ -1,7 +1,4 @@
-"""Stage 2: latents. Paints and encodes, once, the pictures that the denoiser learns from.
-
-python -m models.training.mini.latents --autoencoder runs/autoencoder --out runs/latents
-"""
+"""Latents: the pictures that a denoiser learns from, painted and encoded once."""
 
 from __future__ import annotations
 
@@ -10,19 +7,16 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from models.training.mini.autoencoder import Encode, vae_encoder
+from models.training.mini.autoencoder import Encode
 from models.training.mini.dataset import Composer, Pixels, Scene, SceneSampler
 from models.training.mini.pixels import to_tensor
-from models.training.mini.vocabulary import Vocabulary, load_vocabulary
+from models.training.mini.vocabulary import Vocabulary
 
 LATENTS = "latents.safetensors"
 SCENES = "scenes.json"
@@ -44,6 +38,10 @@ class LatentCache:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"latents": self.latents}, folder / LATENTS)
         (folder / SCENES).write_text(json.dumps([asdict(scene) for scene in self.scenes]))
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        return (folder / SCENES).exists()
 
     @classmethod
     def load(cls, folder: Path) -> LatentCache:
@@ -68,20 +66,4 @@ def encode_scenes(
     for start in tqdm(range(0, count, batch_size), desc="latents", mininterval=2.0):
         pictures = [composer.compose(scene, rng) for scene in scenes[start : start + batch_size]]
         batches.append(encode(to_tensor([restyle(picture) for picture in pictures] if restyle else pictures)).half())
-    return LatentCache(torch.cat(batches), scenes)
-
-
-def main(
-    autoencoder: Annotated[Path, typer.Option(help="Folder that the autoencoder stage wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for the latents.")],
-    pictures: Annotated[int, typer.Option(help="How many to paint.")] = 150_000,
-    emoji: Annotated[bool, typer.Option(help="Without emoji no font is needed.")] = True,
-) -> None:
-    """Fill the cache."""
-    vocabulary = load_vocabulary() if emoji else load_vocabulary().without_emoji()
-    encode = vae_encoder(AutoencoderKL.from_pretrained(autoencoder / "vae"))
-    encode_scenes(vocabulary, encode, pictures).save(out)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    return LatentCache(torch.cat(batches).contiguous(), scenes)

@@ -27,7 +27,7 @@ HIDDEN_SECOND = 64  # of SDXL's second text encoder
 LATENT_SIZE = 16
 TIME_ID_WIDTH = 32  # of each of SDXL's six numbers
 
-CHANNELS: dict[Layout, tuple[int, int, int]] = {"sd": (64, 96, 144), "sdxl": (48, 64, 96)}
+CHANNELS: dict[Layout, tuple[int, int, int]] = {"sd": (64, 96, 144), "sdxl": (48, 64, 80)}
 
 
 @dataclass(frozen=True)

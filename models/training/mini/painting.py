@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.training.fingerprints import fingerprint
-from models.training.mini.latents import SCENES, LatentCache, encode_scenes
+from models.training.mini.latents import LatentCache, encode_scenes
 from models.training.mini.sprites import FONT_FILE
 from models.training.mini.teacher import CaptionedLatents, PaintedBatches
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
@@ -35,7 +35,7 @@ def paint(
         width, height = size
         return encoders.encode_pictures(F.interpolate(pixels, (height, width), mode="bilinear"))[0].cpu()
 
-    if not (folder / SCENES).exists():
+    if not LatentCache.exists(folder):
         encode_scenes(vocabulary, encode, count).save(folder)
     data = CaptionedLatents(LatentCache.load(folder), vocabulary, encoders.tokenizers[0], batch_size)
     return PaintedBatches(data, encoders, dropout)

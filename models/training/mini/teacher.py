@@ -1,24 +1,20 @@
-"""Stage 3: the teachers, text-to-image diffusion models in Stable Diffusion's layout and in SDXL's.
+"""The teachers, text-to-image diffusion models in Stable Diffusion's layout and in SDXL's.
 
 First a warm-up of the text encoders (their end-of-text states regress the latent), then joint training of UNet and text
 encoders: on v-prediction with zero terminal SNR in the former layout (arXiv 2202.00512, 2305.08891), on epsilon in the
 latter. A tenth of the captions is left empty, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
-
-    python -m models.training.mini.teacher --latents runs/latents --out runs/teacher
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import typer
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -28,22 +24,13 @@ from models.training.fingerprints import tensor_fingerprint
 from models.training.mini.captions import Captioner
 from models.training.mini.dataset import Scene
 from models.training.mini.latents import LatentCache
-from models.training.mini.networks import Networks, build_networks
-from models.training.mini.tokenizer import MAX_TOKENS, build_tokenizer, save_tokenizer
-from models.training.mini.vocabulary import Vocabulary, load_vocabulary
+from models.training.mini.networks import Networks
+from models.training.mini.tokenizer import MAX_TOKENS
+from models.training.mini.vocabulary import Vocabulary
 from models.training.pictures import Batch
-from models.training.teachers import Conditions, Encoders, Layout, call_unet
+from models.training.teachers import Conditions, Encoders, call_unet
 from models.training.trainer import CPU, Identity, Trainer, TrainSettings, autocast
 
-
-class LayoutName(StrEnum):
-    """For the command line."""
-
-    sd = "sd"
-    sdxl = "sdxl"
-
-
-LAYOUTS: dict[LayoutName, Layout] = {LayoutName.sd: "sd", LayoutName.sdxl: "sdxl"}
 CAPTION_DROPOUT = 0.1
 TEXT_RATE_SHARE = 0.4
 NOISY_SHARE = 0.2  # of the training leans on the noisier timesteps; a uniform end keeps pictures from mottling
@@ -154,38 +141,3 @@ def start_from(networks: Networks, model: Path) -> None:
     for name, network in networks.module().items():
         other = kinds[name].from_pretrained(model, subfolder=name, variant="fp16", dtype=torch.float32)
         network.load_state_dict(other.state_dict())
-
-
-def main(
-    autoencoder: Annotated[Path, typer.Option(help="Folder that the autoencoder stage wrote.")],
-    latents: Annotated[Path, typer.Option(help="Folder that the latents stage wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and results.")],
-    layout: Annotated[LayoutName, typer.Option(help="Stable Diffusion's or SDXL's.")] = LayoutName.sd,
-    steps: Annotated[int, typer.Option(help="Steps of joint training.")] = 24_000,
-    warm_up_steps: Annotated[int, typer.Option(help="Steps of the text encoders' warm-up.")] = 4000,
-    start: Annotated[Path | None, typer.Option(help="Model folder to go on from, instead of a warm-up.")] = None,
-    rate: float = 1e-3,
-    batch_size: int = 48,
-    emoji: Annotated[bool, typer.Option(help="Without emoji no font is needed.")] = True,
-    seed: int = 0,
-) -> None:
-    """Train the teacher, a diffusers folder in `out/model`; continues where an interrupted run stopped."""
-    vocabulary = load_vocabulary() if emoji else load_vocabulary().without_emoji()
-    if not (out / "tokenizer").exists():
-        first = CLIPTokenizer.from_pretrained(start, subfolder="tokenizer") if start else build_tokenizer(vocabulary)
-        save_tokenizer(first, out / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    data = CaptionedLatents(LatentCache.load(latents), vocabulary, tokenizer, batch_size)
-    torch.manual_seed(seed)
-    networks = build_networks(LAYOUTS[layout], tokenizer)
-    if start:
-        start_from(networks, start)
-    else:
-        warm_up(networks, data, out, TrainSettings(steps=warm_up_steps, seed=seed, save_every=1000))
-    pipeline = networks.pipeline(AutoencoderKL.from_pretrained(autoencoder / "vae"), tokenizer)
-    settings = TrainSettings(steps=steps, rate=rate, warmup=200, seed=seed + 1)
-    train_jointly(networks, data, out, settings, lambda: pipeline.save_pretrained(out / "model"))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -21,7 +21,7 @@ GRAY = (142, 144, 150)
 
 @pytest.fixture(scope="module")
 def world(shapes: Vocabulary) -> World:
-    """Shapes, and eight with a white eye that pass for emoji, which may be asked for in a colour; one has two drawings."""
+    """Shapes, and eight with a white eye that pass for emoji; one of them has two drawings."""
     kinds = ["ring", "plus", "heart", "hexagon", "diamond", "triangle", "star", "square"]
     emoji = tuple(Thing((f"tin {kind}",), glyphs=(kind,)) for kind in kinds)
     drawings = [[with_eye(draw_shape(kind, GRAY))] for kind in kinds]

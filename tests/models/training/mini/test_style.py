@@ -10,15 +10,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.styles import restyled_judge
+from models.training.mini.autoencoder import build_kl
 from models.training.mini.dataset import Composer, Pixels
-from models.training.mini.export import CARDS
 from models.training.mini.judging import Case, CaseMaker
 from models.training.mini.recognizer import look_distance
 from models.training.mini.restyling import STYLES
 from models.training.mini.sprites import draw_sprites
-from models.training.mini.style import StyleTraining, restyled_latents, ship
-from models.training.mini.teacher import CaptionedLatents
+from models.training.mini.style import StyleTraining, restyled_latents
+from models.training.mini.teacher import CaptionedLatents, PaintedBatches
 from models.training.mini.vocabulary import Vocabulary
+from models.training.teachers import Layout, open_teacher
+from models.training.trainer import CPU
 from tests.models.training.test_stages import assert_lower, settings, small_networks
 
 BUNDLED = Path(__file__).parents[4] / "models" / "bundled"
@@ -58,25 +60,27 @@ def test_looks_differ_by_style_and_not_from_themselves(shapes: Vocabulary, cases
     assert look_distance(restyled, pictures) > 20
 
 
-def test_pictures_are_restyled_once_and_encoded_by_the_base(shapes: Vocabulary, tmp_path: Path) -> None:
-    first = restyled_latents(BUNDLED / "mini-sd", shapes, STYLES["neon"], 4, tmp_path, seed=1)
+def test_pictures_are_restyled_once_and_encoded_by_the_teacher(shapes: Vocabulary, tmp_path: Path) -> None:
+    encoders = open_teacher(str(BUNDLED / "mini-sd"), {}).load_encoders(CPU)
+    first = restyled_latents(encoders, shapes, STYLES["neon"], 4, tmp_path, seed=1)
 
     def fail(_picture: Pixels) -> Pixels:
         raise AssertionError("painted again")
 
-    again = restyled_latents(BUNDLED / "mini-sd", shapes, fail, 4, tmp_path, seed=1)
+    again = restyled_latents(encoders, shapes, fail, 4, tmp_path, seed=1)
     assert first.latents.shape == (4, 4, 16, 16)
     assert torch.equal(first.latents, again.latents)
     assert [scene.things for scene in first.scenes] == [scene.things for scene in again.scenes]
 
 
-def test_style_training_lowers_its_loss_and_ships_a_small_half_precision_lora(
-    data: CaptionedLatents, tmp_path: Path
-) -> None:
-    networks = small_networks(data.tokenizer)
-    training = StyleTraining(
-        networks.unet, networks.text_encoders["text_encoder"], data, tmp_path / "run", settings(40, rate=1e-2)
-    )
+@pytest.mark.parametrize("layout", ["sd", "sdxl"])
+def test_style_training_lowers_its_loss(data: CaptionedLatents, tmp_path: Path, layout: Layout) -> None:
+    networks = small_networks(data.tokenizer, layout)
+    networks.pipeline(build_kl((8, 8, 8)), data.tokenizer).save_pretrained(tmp_path / "teacher")
+    teacher = open_teacher(str(tmp_path / "teacher"), {})
+    batches = PaintedBatches(data, teacher.load_encoders(CPU))
+    unet, diffusion = teacher.load_unet(CPU, torch.float32), teacher.build_diffusion(CPU)
+    training = StyleTraining(unet, diffusion, batches, tmp_path / "run", settings(40, rate=1e-2))
 
     def loss_on_one_batch(step: int) -> Tensor:
         torch.manual_seed(0)
@@ -85,9 +89,5 @@ def test_style_training_lowers_its_loss_and_ships_a_small_half_precision_lora(
 
     training.trainer.fit(loss_on_one_batch, on_save=training.save)
     assert_lower(tmp_path / "run", 0.9)
-    ship(tmp_path / "run", "mini-neon", tmp_path / "bundled")
-    shipped = load_file(tmp_path / "bundled" / "mini-neon" / "pytorch_lora_weights.safetensors")
-    assert {weight.dtype for weight in shipped.values()} == {torch.float16}
-    assert any(name.startswith("unet.conv_out.lora_B") and weight.any() for name, weight in shipped.items())
-    card = (tmp_path / "bundled" / "mini-neon" / "README.md").read_text(encoding="utf-8")
-    assert card == (CARDS / "mini-neon.md").read_text(encoding="utf-8")
+    saved = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    assert any(name.startswith("unet.conv_out.lora_B") and weight.any() for name, weight in saved.items())

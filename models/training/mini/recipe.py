@@ -1,0 +1,178 @@
+"""The recipe of the miniatures that ship: every stage with its settings, in order. `fewstep train mini` follows it.
+
+Each stage writes a folder of its own below `out`, goes on where it was interrupted, and does nothing when it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, LCMScheduler
+from transformers import CLIPTokenizer
+
+from models.training.exporting import copy_unet
+from models.training.lcm import Distiller, FullStudent, LcmSettings, LoraStudent, save_lora
+from models.training.mini import autoencoder
+from models.training.mini.export import BUNDLED, export_lora, export_pipeline, export_tiny, shipment
+from models.training.mini.latents import LatentCache, encode_scenes
+from models.training.mini.linear_code import LinearCode
+from models.training.mini.networks import build_networks
+from models.training.mini.reference import save_reference
+from models.training.mini.restyling import STYLES
+from models.training.mini.sprites import draw_sprites
+from models.training.mini.style import train_style
+from models.training.mini.teacher import CaptionedLatents, PaintedBatches, start_from, train_jointly, warm_up
+from models.training.mini.tokenizer import build_tokenizer, save_tokenizer
+from models.training.mini.vocabulary import Vocabulary
+from models.training.teachers import Layout, Teacher, open_teacher
+from models.training.trainer import CPU, TrainSettings
+
+NUM_PICTURES = 100_000
+BATCH = 48
+LORA_RANK = 12
+SOLVER_TIMESTEPS = 20
+TEACHERS: dict[Layout, str] = {"sd": "teacher", "sdxl": "teacher-xl"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`share` of all steps and pictures: less than 1 to try it. `start` is a folder of finished miniatures: autoencoder
+    and teacher go on from its mini-sd, instead of from nothing."""
+
+    out: Path
+    vocabulary: Vocabulary
+    share: float = 1.0
+    start: Path | None = None
+    bundled: Path = BUNDLED
+
+    @property
+    def stages(self) -> dict[str, Callable[[], None]]:
+        """By name, in order."""
+        return {
+            "autoencoder": self.autoencoder,
+            "latents": self.latents,
+            "teacher": lambda: self.teacher("sd"),
+            "lcm": self.lcm,
+            "teacher-xl": lambda: self.teacher("sdxl"),
+            "lcm-full": self.lcm_full,
+            "styles": self.styles,
+            "export": self.export,
+        }
+
+    def autoencoder(self) -> None:
+        """The KL autoencoder and the tiny one, in pixels."""
+        folder = self.out / "autoencoder"
+        source = autoencoder.PictureSource(self.vocabulary, batch_size=24)
+        code_file = folder / "code.safetensors"
+        if not code_file.exists():
+            autoencoder.fit_code(self.vocabulary).save(code_file)
+        torch.manual_seed(0)
+        vae = autoencoder.load_kl(self.start / "mini-sd") if self.start else autoencoder.build_kl()
+        code, settings = LinearCode.load(code_file), self._settings(1500 if self.start else 4000, 2e-3, ema_decay=0.98)
+        vae = autoencoder.train_kl(source, code, folder, settings, vae)
+        settings = self._settings(1200, 2e-3, ema_decay=0.98, seed=1)
+        tiny = autoencoder.train_tiny(source, autoencoder.vae_encoder(vae), folder, settings, autoencoder.build_tiny())
+        autoencoder.report(source, vae, tiny, seed=2)
+
+    def latents(self) -> None:
+        """What the denoisers learn from."""
+        folder = self.out / "latents"
+        if not LatentCache.exists(folder):
+            encode = autoencoder.vae_encoder(self._vae)
+            encode_scenes(self.vocabulary, encode, self._scaled(NUM_PICTURES)).save(folder)
+
+    def teacher(self, layout: Layout) -> None:
+        """Text encoders and UNet, a diffusers folder in `model`."""
+        folder, start = self.out / TEACHERS[layout], self.start / "mini-sd" if self.start and layout == "sd" else None
+        if not (folder / "tokenizer").exists():
+            new = CLIPTokenizer.from_pretrained(start / "tokenizer") if start else build_tokenizer(self.vocabulary)
+            save_tokenizer(new, folder / "tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        torch.manual_seed(0)
+        networks, data = build_networks(layout, tokenizer), self._data(tokenizer)
+        if start:
+            start_from(networks, start)
+        else:
+            warm_up(networks, data, folder, self._settings(4000, 1e-3, save_every=1000))
+        pipeline = networks.pipeline(self._vae, tokenizer)
+        settings = self._settings(12_000 if start else 24_000, 6e-4 if start else 1e-3, warmup=200, seed=1)
+        train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
+
+    def lcm(self) -> None:
+        """The LCM-LoRA of the teacher in SD's layout, guidance 2."""
+        teacher, folder = self._open("sd"), self.out / "lcm"
+        torch.manual_seed(2)
+        student = LoraStudent(teacher.load_unet(CPU, torch.float32), LORA_RANK)
+        self._distill(teacher, student, folder, (2.0, 2.0), self._settings(1200, 4e-4, ema_decay=0.95, seed=2))
+        save_lora(student.unet, folder)
+
+    def lcm_full(self) -> None:
+        """A full LCM of the teacher in SDXL's layout, which reads the guidance scale, 1 to 4."""
+        teacher, folder = self._open("sdxl"), self.out / "lcm-full"
+        torch.manual_seed(3)
+        student = FullStudent(teacher.load_unet(CPU, torch.float32), torch.float32)
+        self._distill(teacher, student, folder, (1.0, 4.0), self._settings(2000, 2e-4, ema_decay=0.95, seed=3))
+        scheduler = self._lcm_scheduler(teacher)
+        unet = copy_unet(student.unet, torch.float32)
+        teacher.build_pipeline(unet, scheduler, torch.float32).save_pretrained(folder / "model")
+
+    def styles(self) -> None:
+        """A style LoRA for the teacher in SD's layout for each program of `restyling`."""
+        for number, (name, restyle) in enumerate(STYLES.items()):
+            settings = self._settings(250, 2e-3, warmup=20, ema_decay=0.98, save_every=25, seed=4 + number)
+            train_style(self._open("sd"), self.vocabulary, restyle, self.out / name, settings, self._scaled(6000))
+
+    def export(self) -> None:
+        """Everything that ships, in fp16, with cards."""
+        with shipment(self.bundled) as made:
+            for name in ("lcm", *STYLES):
+                export_lora(self.out / name, made / EXPORTED.get(name, f"mini-{name}"))
+            self._lcm_scheduler(self._open("sd")).save_pretrained(made / "mini-lcm-lora")
+            export_tiny(self.out / "autoencoder" / "taesd", made / "mini-taesd")
+            for name in ("teacher", "teacher-xl", "lcm-full"):
+                export_pipeline(self.out / name / "model", made / EXPORTED[name])
+            save_reference(made / "mini-sd" / "reference", self.vocabulary, draw_sprites(self.vocabulary))
+
+    @cached_property
+    def _vae(self) -> AutoencoderKL:
+        vae: AutoencoderKL = AutoencoderKL.from_pretrained(self.out / "autoencoder" / "vae")
+        return vae
+
+    def _data(self, tokenizer: CLIPTokenizer) -> CaptionedLatents:
+        return CaptionedLatents(LatentCache.load(self.out / "latents"), self.vocabulary, tokenizer, BATCH)
+
+    def _open(self, layout: Layout) -> Teacher:
+        return open_teacher(str(self.out / TEACHERS[layout] / "model"), {})
+
+    def _lcm_scheduler(self, teacher: Teacher) -> Any:
+        return teacher.build_scheduler(LCMScheduler, original_inference_steps=SOLVER_TIMESTEPS)
+
+    def _distill(
+        self,
+        teacher: Teacher,
+        student: LoraStudent | FullStudent,
+        folder: Path,
+        guidance: tuple[float, float],
+        settings: TrainSettings,
+    ) -> None:
+        """At the end the student has its averaged weights."""
+        encoders = teacher.load_encoders(CPU)
+        batches = PaintedBatches(self._data(encoders.tokenizers[0]), encoders)
+        lcm = LcmSettings(SOLVER_TIMESTEPS, *guidance)
+        distiller = Distiller(student, teacher.build_diffusion(CPU), batches, folder, settings, lcm)
+        distiller.distill(lambda: None)
+        distiller.trainer.keep_average()
+
+    def _settings(self, steps: int, rate: float, **others: Any) -> TrainSettings:
+        return TrainSettings(self._scaled(steps), rate, **others)
+
+    def _scaled(self, number: int) -> int:
+        return max(1, round(number * self.share))
+
+
+EXPORTED = {"lcm": "mini-lcm-lora", "teacher": "mini-sd", "teacher-xl": "mini-sdxl", "lcm-full": "mini-lcm-full"}

@@ -1,0 +1,56 @@
+"""The whole recipe, a few steps of each stage: every folder that ships loads and draws."""
+
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from models.training.mini.export import CARDS
+from models.training.mini.recipe import Recipe
+from models.training.mini.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def recipe(shapes: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    out = tmp_path_factory.mktemp("recipe")
+    recipe = Recipe(out / "runs", shapes, share=1e-4, bundled=out / "bundled")
+    for stage in recipe.stages.values():
+        stage()
+    return recipe
+
+
+@pytest.mark.parametrize("name", ["mini-sd", "mini-sdxl", "mini-lcm-full"])
+def test_each_model_that_ships_loads_in_diffusers_and_draws(recipe: Recipe, name: str) -> None:
+    pipeline = AutoPipelineForText2Image.from_pretrained(recipe.bundled / name, variant="fp16", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    (picture,) = pipeline("a red star", num_inference_steps=2, output_type="np").images
+    assert picture.shape == (64, 64, 3)
+    weights = load_file(recipe.bundled / name / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    card = (recipe.bundled / name / "README.md").read_text(encoding="utf-8")
+    assert card == (CARDS / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["mini-lcm-lora", "mini-neon", "mini-sketch"])
+def test_each_lora_that_ships_loads_in_diffusers(recipe: Recipe, name: str) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(recipe.bundled / "mini-sd", variant="fp16", dtype=torch.float32)
+    pipeline.load_lora_weights(recipe.bundled / name)
+    pipeline.fuse_lora()
+    assert {
+        weight.dtype for weight in load_file(recipe.bundled / name / "pytorch_lora_weights.safetensors").values()
+    } == {torch.float16}
+
+
+def test_the_scheduler_says_with_how_many_timesteps_it_was_distilled(recipe: Recipe) -> None:
+    for folder in ("mini-lcm-lora", "mini-lcm-full/scheduler"):
+        assert LCMScheduler.from_pretrained(recipe.bundled / folder).config.original_inference_steps == 20
+
+
+def test_stages_that_are_done_do_nothing(recipe: Recipe) -> None:
+    logs = {path: path.read_bytes() for path in recipe.out.rglob("loss.csv")}
+    assert {path.parent.name for path in logs} >= {"kl", "tiny", "joint", "neon", "sketch"}
+    latents = (recipe.out / "latents" / "latents.safetensors").stat().st_mtime_ns
+    for name in ("latents", "teacher", "lcm", "styles"):
+        recipe.stages[name]()
+    assert {path: path.read_bytes() for path in logs} == logs
+    assert (recipe.out / "latents" / "latents.safetensors").stat().st_mtime_ns == latents
