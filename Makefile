@@ -36,18 +36,8 @@ format: $(VENV)/.dev  ## Format the code
 bench: $(VENV)/.dev  ## Measure the service beside diffusers and two other servers
 	$(BIN)/python -m benchmarks.service
 
-train: $(VENV)/.dev  ## Make the bundled model anew, in two to three hours; an interrupted run goes on where it stopped
-	test -e $(RUNS)/latents/scenes.json || $(BIN)/python -m models.training.mini.latents --out $(RUNS)/latents
-	$(BIN)/python -m models.training.mini.teacher --latents $(RUNS)/latents --out $(RUNS)/teacher
-	$(BIN)/python -m models.training.mini.autoencoder --latents $(RUNS)/latents --out $(RUNS)/autoencoder
-	$(BIN)/python -m models.training.lcm --latents $(RUNS)/latents --teacher $(RUNS)/teacher --out $(RUNS)/lcm
-	$(BIN)/python -m models.training.mini.export --autoencoder $(RUNS)/autoencoder --teacher $(RUNS)/teacher --lcm $(RUNS)/lcm
-	$(BIN)/python -m models.training.mini.evaluate --out $(RUNS)/figures --card models/training/mini/cards/mini-sd.md
-	for style in neon sketch; do \
-		$(BIN)/python -m models.training.mini.style $$style --out $(RUNS)/$$style --ship models/bundled && \
-		$(BIN)/python -m models.training.mini.evaluate_style $$style --out $(RUNS)/figures/$$style \
-			--card models/training/mini/cards/mini-$$style.md || exit 1; \
-	done
+train: $(VENV)/.dev  ## Make the bundled models anew, in many hours; an interrupted run goes on where it stopped
+	$(BIN)/fewstep train mini --out $(RUNS)/mini
 
 clean:  ## Remove the virtual environment
 	rm -rf $(VENV)

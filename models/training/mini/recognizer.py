@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -67,8 +68,8 @@ class Recognizer:
         owned = [(thing, pose) for thing, kinds in enumerate(drawings) for one in kinds for pose in _poses(one)]
         references = np.asarray([_reference(pose) for _, pose in owned], dtype=np.float32)
         self.owners = np.asarray([thing for thing, _ in owned])
-        self.alpha = references[..., 3:] / 255
-        self.premultiplied = references[..., :3] * self.alpha
+        alpha = references[..., 3:].reshape(len(owned), -1, 1) / 255
+        self.colors, self.holes = references[..., :3].reshape(len(owned), -1, 3) * alpha, 1 - alpha[..., 0]
 
     def single(self, picture: Pixels) -> int | None:
         """The one thing in the picture; None if nothing stands out from the background."""
@@ -88,10 +89,24 @@ class Recognizer:
         crop = _crop(picture, color)
         if crop is None:
             return []
-        references = self.premultiplied + (1 - self.alpha) * color
-        distances = ((references - crop) ** 2).sum(axis=(1, 2, 3))
-        things = dict.fromkeys(self.owners[distances.argsort()].tolist())
+        things = dict.fromkeys(self.owners[self._distances(crop, color).argsort()].tolist())
         return list(things)[:count]
+
+    def _distances(self, crop: Floats, color: Floats) -> Floats:
+        """Squared distances to all references on a ground of `color`, multiplied out; without the share of the crop alone."""
+        pixels = crop.reshape(-1, 3)
+        own, through, holes = self._squares
+        on_ground = own + 2 * (through @ color) + holes * (color @ color)
+        seen = self.colors.reshape(len(self.owners), -1) @ pixels.reshape(-1) + (self.holes @ pixels) @ color
+        return np.asarray(on_ground - 2 * seen, dtype=np.float32)
+
+    @cached_property
+    def _squares(self) -> tuple[Floats, Floats, Floats]:
+        return (
+            np.einsum("npc,npc->n", self.colors, self.colors),
+            np.einsum("npc,np->nc", self.colors, self.holes),
+            np.einsum("np,np->n", self.holes, self.holes),
+        )
 
 
 def _poses(sprite: Image.Image) -> list[Image.Image]:

@@ -47,10 +47,9 @@ def test_the_scheduler_says_with_how_many_timesteps_it_was_distilled(recipe: Rec
 
 
 def test_stages_that_are_done_do_nothing(recipe: Recipe) -> None:
-    logs = {path: path.read_bytes() for path in recipe.out.rglob("loss.csv")}
-    assert {path.parent.name for path in logs} >= {"kl", "tiny", "joint", "neon", "sketch"}
-    latents = (recipe.out / "latents" / "latents.safetensors").stat().st_mtime_ns
+    files = [*recipe.out.rglob("checkpoint.pt"), *recipe.out.rglob("latents.safetensors")]
+    written = {path: path.stat().st_mtime_ns for path in files}
+    assert len(written) == 2 + 3 + 2 + 2 + 2 + 2  # autoencoders, latents, two teachers, two LCMs, two styles
     for name in ("latents", "teacher", "lcm", "styles"):
         recipe.stages[name]()
-    assert {path: path.read_bytes() for path in logs} == logs
-    assert (recipe.out / "latents" / "latents.safetensors").stat().st_mtime_ns == latents
+    assert {path: path.stat().st_mtime_ns for path in files} == written
