@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.jobs import make_job
 from benchmarks.machine import REPOSITORY
 from benchmarks.prompts import endless_prompts
 from benchmarks.report import print_table, write_report
@@ -35,6 +34,7 @@ from models.rows import CORES
 from workers.engine import Engine, EngineOutput, Finished, PreviewReady
 from workers.engine.calibration import warm_up
 from workers.engine.engine import run_until_done
+from workers.engine.jobs import make_job
 from workers.engine.outputs import Pixels
 from workers.engine.runner import ModelRunner
 

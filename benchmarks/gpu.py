@@ -48,7 +48,6 @@ from benchmarks.full_size import (
     make_spec,
     shrink,
 )
-from benchmarks.jobs import make_job
 from benchmarks.machine import REPOSITORY, cpu_name
 from benchmarks.prompts import endless_prompts
 from benchmarks.report import print_table
@@ -60,6 +59,7 @@ from models.loading import FAMILIES, default_device
 from workers.engine import Engine, Finished, GenerationFailed
 from workers.engine.calibration import WarmUpError, batch_sizes, warm_up
 from workers.engine.engine import run_until_done
+from workers.engine.jobs import make_job
 from workers.engine.runner import ModelRunner
 from workers.images import encode_picture
 

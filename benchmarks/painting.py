@@ -10,7 +10,6 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from benchmarks.jobs import make_job
 from broker.messages import Delivery, LoraWeight
 from models.catalog import BUNDLED_PATH, ModelSpec, SchedulerSpec, get_spec, load_catalog
 from models.loading import load_pipeline
@@ -18,6 +17,7 @@ from models.training.mini.dataset import Pixels
 from models.training.mini.pixels import to_pixels, to_tensor
 from workers.engine import Engine, Finished
 from workers.engine.engine import run_until_done
+from workers.engine.jobs import make_job
 from workers.engine.runner import ModelRunner
 
 BASE = get_spec(load_catalog(), "mini-lcm")

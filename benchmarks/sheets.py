@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.jobs import make_job
 from benchmarks.machine import REPOSITORY
 from benchmarks.report import write_report
 from broker.messages import Delivery
@@ -34,6 +33,7 @@ from models.training.mini.recognizer import MIN_CONTRAST, ColorNamer, Recognizer
 from models.training.mini.reference import Reference, load_reference
 from workers.engine import Engine, Finished
 from workers.engine.engine import run_until_done
+from workers.engine.jobs import make_job
 from workers.engine.runner import ModelRunner
 
 STEPS = range(1, 9)

@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 
 from benchmarks.diffusers_loop import hush_libraries, parse_dtype
-from benchmarks.jobs import make_job
 from benchmarks.machine import REPOSITORY
 from benchmarks.prompts import endless_prompts
 from benchmarks.report import print_table, write_report
@@ -27,6 +26,7 @@ from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, load_pipeline
 from workers.engine import Engine, Finished
 from workers.engine.calibration import warm_up
+from workers.engine.jobs import make_job
 from workers.engine.runner import ModelRunner
 from workers.images import encode_picture
 

@@ -9,6 +9,7 @@ from broker.messages import Delivery, Job, LoraWeight, SamplingParams
 from models.catalog import ModelSpec
 from workers.engine.calibration import WarmUpError, check_picture
 from workers.engine.engine import Engine, run_until_done
+from workers.engine.jobs import default_params
 from workers.engine.outputs import Blocked, Finished, GenerationFailed
 from workers.engine.request import RequestState
 
@@ -38,7 +39,7 @@ class Outcome:
 
 def trials_of(spec: ModelSpec) -> Iterator[Trial]:
     """The entry's defaults, guidance where it is allowed, then each other scheduler, size and style LoRA once."""
-    default = _default_params(spec)
+    default = default_params(spec, _prompt_for(spec))
     yield Trial("class" if spec.family == "consistency" else "default", default)
     guided = replace(default, guidance_scale=spec.guidance_scale.max)
     if spec.is_guided(guided.guidance_scale):
@@ -56,8 +57,12 @@ def trials_of(spec: ModelSpec) -> Iterator[Trial]:
 
 def warm_up(engine: Engine, spec: ModelSpec) -> None:
     """A picture that isn't counted: it pays for what the first one has to prepare."""
-    run_trial(engine, spec, Trial("warm-up", _default_params(spec)))
+    run_trial(engine, spec, Trial("warm-up", default_params(spec, _prompt_for(spec))))
     engine.runners[spec.name].forget_prompts()
+
+
+def _prompt_for(spec: ModelSpec) -> str:
+    return [*spec.example_prompts, CLASS if spec.family == "consistency" else PROMPT][0]
 
 
 def run_trial(engine: Engine, spec: ModelSpec, trial: Trial) -> Outcome:
@@ -83,22 +88,3 @@ def _find_problem(engine: Engine, spec: ModelSpec, output: Finished | Blocked) -
 
 def _outcome(trial: Trial, request: RequestState, problem: str | None) -> Outcome:
     return Outcome(trial, request.text_ms, request.steps_ms, request.decode_ms, problem)
-
-
-def _default_params(spec: ModelSpec) -> SamplingParams:
-    return SamplingParams(
-        prompt=[*spec.example_prompts, CLASS if spec.family == "consistency" else PROMPT][0],
-        negative_prompt=None,
-        width=spec.default_size[0],
-        height=spec.default_size[1],
-        num_inference_steps=spec.num_inference_steps.default,
-        guidance_scale=spec.guidance_scale.default,
-        seed=0,
-        scheduler=spec.default_scheduler,
-        num_images=1,
-        decoder="full",
-        output_format="png",
-        output_quality=85,
-        previews=False,
-        metadata=False,
-    )

@@ -11,12 +11,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from broker.messages import Delivery, Job, SamplingParams, SizeCosts, WarmModel
+from broker.messages import Delivery, Job, SizeCosts, WarmModel
 from models.catalog import ModelSpec, Size
 from models.networks import LoadError
 from models.pipeline import FewStepPipeline
 from workers.engine.decoding import Decode, decoder_for
 from workers.engine.engine import POLL_S, Engine
+from workers.engine.jobs import make_job
 from workers.engine.outputs import Blocked, EngineOutput, Finished, GenerationFailed, Pixels, PreviewReady
 from workers.engine.request import RequestState
 from workers.engine.runner import ModelRunner
@@ -238,20 +239,15 @@ def _text_ms(pipeline: FewStepPipeline) -> float:
 
 
 def _job(spec: ModelSpec, size: Size, index: int, prompt: str, *, previews: bool, num_steps: int) -> Job:
-    params = SamplingParams(
-        prompt=prompt,
-        negative_prompt=None,
-        width=size[0],
-        height=size[1],
+    width, height = size
+    return make_job(
+        spec,
+        f"warm-up-{index}",
+        prompt,
+        width=width,
+        height=height,
         num_inference_steps=min(num_steps, spec.num_inference_steps.max),
         guidance_scale=spec.guidance_scale.default if spec.guidance_embedded else 0.0,
         seed=index,
-        scheduler=spec.default_scheduler,
-        num_images=1,
-        decoder="full",
-        output_format="png",
-        output_quality=85,
         previews=previews,
-        metadata=False,
     )
-    return Job(f"warm-up-{index}", spec.name, params, lane="api", owner="", gateway_id=None, keep_s=0)

@@ -93,7 +93,7 @@ class Recognizer:
         return list(things)[:count]
 
     def _distances(self, crop: Floats, color: Floats) -> Floats:
-        """Squared distances to all references on a ground of `color`, multiplied out; without the share of the crop alone."""
+        """Squared distances to all references on a ground of `color`, multiplied out, less what they all share."""
         pixels = crop.reshape(-1, 3)
         own, through, holes = self._squares
         on_ground = own + 2 * (through @ color) + holes * (color @ color)

@@ -1,4 +1,4 @@
-"""Requests for an engine without a queue."""
+"""Requests that no client sent: for warm-up, check-ups and measurements."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from models.catalog import ModelSpec
 
 def make_job(spec: ModelSpec, request_id: str, prompt: str, **changes: Any) -> Job:
     """The model's defaults, without previews and metadata; `changes` are fields of SamplingParams."""
+    params = replace(default_params(spec, prompt), **changes)
+    return Job(request_id, spec.name, params, lane="api", owner="", gateway_id=None, keep_s=0)
+
+
+def default_params(spec: ModelSpec, prompt: str) -> SamplingParams:
+    """The model's, without previews and metadata."""
     width, height = spec.default_size
-    params = SamplingParams(
+    return SamplingParams(
         prompt=prompt,
         negative_prompt=None,
         width=width,
@@ -28,4 +34,3 @@ def make_job(spec: ModelSpec, request_id: str, prompt: str, **changes: Any) -> J
         previews=False,
         metadata=False,
     )
-    return Job(request_id, spec.name, replace(params, **changes), lane="api", owner="", gateway_id=None, keep_s=0)
