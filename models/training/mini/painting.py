@@ -14,8 +14,6 @@ from models.training.mini.teacher import CaptionedLatents, PaintedBatches
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 from models.training.teachers import Encoders, Size
 
-NUM_PICTURES = 10_000
-
 
 def drawable_vocabulary() -> Vocabulary:
     """All of it where the font for emoji is, else the shapes."""
@@ -33,7 +31,7 @@ def paint(
 
     def encode(pixels: Tensor) -> Tensor:
         width, height = size
-        return encoders.encode_pictures(F.interpolate(pixels, (height, width), mode="bilinear"))[0].cpu()
+        return encoders.encode_pictures(F.interpolate(pixels, (height, width), mode="bilinear"))[0].cpu().contiguous()
 
     if not LatentCache.exists(folder):
         encode_scenes(vocabulary, encode, count).save(folder)
