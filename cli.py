@@ -25,8 +25,6 @@ from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, Terminal, die_
 if TYPE_CHECKING:
     from app.settings import GatewaySettings
     from broker.embedded import EmbeddedRedis, GivenRedis
-    from broker.messages import Job
-    from models.catalog import ModelSpec
     from workers.settings import WorkerSettings
     from workers.warm_set import Report
 
@@ -232,20 +230,9 @@ def generate(
 
     Example: fewstep generate "a red apple on a blue background" -o apple.png
     """
-    from pydantic import ValidationError
+    hush_libraries()  # before anything of them is imported that prints
+    from commands.drawing import draw
 
-    from app.errors import GatewayError
-    from app.parameters import Defaults, complete, find_warnings
-    from app.schemas import GenerationFields
-    from broker.messages import Job
-    from broker.settings import SettingsError
-    from models.catalog import CatalogError, get_spec, load_catalog
-    from models.loading import LoadError
-    from workers.settings import WorkerSettings
-
-    formats = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-    if output.suffix.lower() not in formats:
-        fail(f"--output {output}: the name must end in {', '.join(formats)}")
     fields = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -253,60 +240,11 @@ def generate(
         "guidance_scale": guidance_scale,
         "seed": seed,
         "scheduler": scheduler,
-        "loras": [_read_lora(text) for text in lora or []],
         "decoder": decoder,
         "width": width,
         "height": height,
-        "output_format": formats[output.suffix.lower()],
     }
-    try:
-        settings = WorkerSettings.load(models=model)
-        spec = get_spec(load_catalog(settings.catalog, settings.extra_catalog), model)
-        params = complete(GenerationFields.model_validate(fields), spec, Defaults(output_format="png"))
-        warnings = find_warnings(params, spec)
-        job = Job("cli", spec.name, params, "api", "cli", gateway_id=None, keep_s=0, warnings=warnings)
-        _draw(job, spec, settings, output)
-    except ValidationError as error:
-        first = error.errors()[0]
-        fail(f"{'.'.join(str(part) for part in first['loc'])}={first['input']!r}: {first['msg']}")
-    except (SettingsError, CatalogError, GatewayError, LoadError, OSError) as error:
-        fail(str(error))
-
-
-def _read_lora(text: str) -> dict[str, str | float | None]:
-    """NAME or NAME:WEIGHT."""
-    name, has_weight, weight = text.partition(":")
-    try:
-        return {"name": name, "weight": float(weight) if has_weight else None}
-    except ValueError:
-        fail(f"--lora {text}: NAME or NAME:WEIGHT is needed, the weight a number; got {weight!r}")
-
-
-def _draw(job: Job, spec: ModelSpec, settings: WorkerSettings, output: Path) -> None:
-    from broker.messages import Delivery
-    from workers.engine import Blocked, Finished, GenerationFailed
-    from workers.engine.engine import run_until_done
-    from workers.images import encode_picture
-    from workers.publisher import collect_warnings, explain_block
-    from workers.standalone import load_engine
-
-    hush_libraries()
-    with console.status(f"loading {spec.name}"):
-        engine = load_engine(spec, settings)
-    engine.add(Delivery(job, attempt=1, waited_ms=0))
-    match run_until_done(engine):
-        case [Finished(request=request, pixels=pixels)]:
-            output.write_bytes(encode_picture(job, 0, pixels[0]).data)
-            for warning in collect_warnings(request):
-                say(f"warning: {warning}", "yellow")
-            steps_ms = ", ".join(f"{ms:.0f}" for ms in request.steps_ms)
-            console.print(f"{output}: seed {job.params.seed}, steps {steps_ms} ms, decode {request.decode_ms:.0f} ms")
-        case [Blocked() as blocked]:
-            fail(explain_block(blocked))
-        case [GenerationFailed(error=reason)]:
-            fail(f"{type(reason).__name__}: {reason}")
-        case outputs:
-            raise AssertionError(f"one request gave {outputs}")
+    draw(fields, lora or [], model, output)
 
 
 @contextmanager

@@ -208,7 +208,7 @@ class GatewayServer(uvicorn.Server):
 
     def handle_hangup(self) -> None:
         if self.has_hung_up():
-            self.should_exit = True
+            signal.raise_signal(signal.SIGTERM)
         else:
             cast(FastAPI, self.config.app).state.catalog.reload()
 
@@ -253,6 +253,7 @@ def run(settings: GatewaySettings, has_hung_up: Callable[[], bool]) -> None:
     configure_logging(settings)
     server = make_server(settings)
     server.has_hung_up = has_hung_up
+    signal.signal(signal.SIGHUP, lambda *_: server.handle_hangup())  # it may wait for Redis for long
     listener = bind(settings)
     asyncio.run(check_redis(settings))
     prepare_process(settings.max_connections)

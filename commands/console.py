@@ -15,13 +15,13 @@ from rich.console import Console
 from supervisor import EX_CONFIG
 
 WIDE = 200
-console = Console(stderr=True)
+console = Console(stderr=True, emoji=False)
 
 
 def output() -> Console:
     """stdout. Where it is no terminal, tables get room enough to keep each row on one line."""
     is_sized = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if is_sized else WIDE, highlight=False)
+    return Console(width=None if is_sized else WIDE, highlight=False, emoji=False)
 
 
 def say(message: str, style: str | None = None) -> None:

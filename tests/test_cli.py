@@ -84,6 +84,7 @@ def test_generate_takes_style_loras_and_a_decoder(tmp_path: Path) -> None:
         (["--model", "nothing"], ["unknown model 'nothing'", "mini-lcm"]),
         (["--lora", "magic"], ["loras", "magic", "neon", "sketch"]),
         (["--lora", "sketch:much"], ["--lora sketch:much", "NAME:WEIGHT", "'much'"]),
+        (["--lora", "neon:x:"], ["--lora neon:x:", "'x:'"]),  # which is also the name of an emoji
         (["--lora", "sketch:99"], ["loras.0.weight=99", "10"]),
         (["--decoder", "magic"], ["decoder='magic'", "'tiny'"]),
         (["-o", "picture.txt"], ["picture.txt", ".png"]),

@@ -89,6 +89,17 @@ def test_it_waits_for_redis_and_says_so() -> None:
         assert "Traceback" not in output
 
 
+def test_a_hangup_while_it_waits_for_redis_reads_the_catalog_and_ends_nothing() -> None:
+    with gateway(FEWSTEP_REDIS_URL=f"redis://127.0.0.1:{free_port()}", FEWSTEP_PORT="0") as process:
+        assert process.stdout is not None
+        assert "waiting for Redis" in process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        assert any("the catalog was read again" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=START_S)
+        assert process.returncode == 130
+
+
 def test_no_key_is_written_down_even_at_level_debug(redis_url: str) -> None:
     key_id, key = make_key()
     keys = format_entry(key_id, new_record(key))
