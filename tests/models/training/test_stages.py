@@ -23,22 +23,8 @@ from models.training.mini.pixels import to_tensor
 from models.training.mini.teacher import CaptionedLatents, train_jointly, warm_up
 from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Layout, open_teacher
-from models.training.trainer import CPU, LOG, Trainer, TrainSettings
-
-
-def settings(steps: int, rate: float = 3e-3) -> TrainSettings:
-    return TrainSettings(steps=steps, rate=rate, warmup=3, ema_decay=0.8, save_every=1000, log_every=1)
-
-
-def losses(folder: Path) -> list[float]:
-    rows = (folder / LOG).read_text().splitlines()[1:]
-    return [float(row.split(",")[1]) for row in rows]
-
-
-def assert_lower(folder: Path, share: float) -> None:
-    values = losses(folder)
-    fifth = max(1, len(values) // 5)
-    assert sum(values[-fifth:]) < share * sum(values[:fifth])
+from models.training.trainer import CPU, Trainer
+from tests.training_data import assert_lower, settings
 
 
 class FixedSource(PictureSource):

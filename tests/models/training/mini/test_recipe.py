@@ -42,8 +42,10 @@ def test_each_lora_that_ships_loads_in_diffusers(recipe: Recipe, name: str) -> N
 
 
 def test_the_scheduler_says_with_how_many_timesteps_it_was_distilled(recipe: Recipe) -> None:
-    for folder in ("mini-lcm-lora", "mini-lcm-full/scheduler"):
-        assert LCMScheduler.from_pretrained(recipe.bundled / folder).config.original_inference_steps == 20
+    predictions = {"mini-lcm-lora": "v_prediction", "mini-lcm-full/scheduler": "epsilon"}
+    for folder, prediction_type in predictions.items():
+        config = LCMScheduler.from_pretrained(recipe.bundled / folder).config
+        assert (config.original_inference_steps, config.prediction_type) == (20, prediction_type)
 
 
 def test_stages_that_are_done_do_nothing(recipe: Recipe) -> None:

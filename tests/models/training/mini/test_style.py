@@ -21,7 +21,8 @@ from models.training.mini.teacher import CaptionedLatents, PaintedBatches
 from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Layout, open_teacher
 from models.training.trainer import CPU
-from tests.models.training.test_stages import assert_lower, settings, small_networks
+from tests.models.training.test_stages import small_networks
+from tests.training_data import assert_lower, settings
 
 BUNDLED = Path(__file__).parents[4] / "models" / "bundled"
 
