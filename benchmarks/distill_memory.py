@@ -134,7 +134,8 @@ class Autocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*(_cast(tensor, torch.bfloat16) for tensor in args[:3]))
+            halves = [_cast(tensor, torch.bfloat16) for tensor in args[:3]]
+            return _FusedAttention.apply(*halves)  # type: ignore[no-untyped-call]
         if func in self.LOW or func in self.HIGH:
             dtype = torch.bfloat16 if func in self.LOW else torch.float32
             args = [_cast(value, dtype) for value in args]
