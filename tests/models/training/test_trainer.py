@@ -100,7 +100,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> 
 
 
 def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_there(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path / "broken", settings(9))
+    trainer, former = make_trainer(tmp_path / "broken", settings(9)), signal.getsignal(signal.SIGINT)
     saved = []
 
     def interrupted_loss(step: int) -> Tensor:
@@ -111,7 +111,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_there(tmp_path: Path) ->
     with pytest.raises(Interrupted, match="stopped at step 4 of 9; its checkpoint is written"):
         trainer.fit(interrupted_loss, on_save=lambda: saved.append(trainer.step))
     assert saved == [4]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is former
     assert_equal(run(tmp_path / "broken", None), run(tmp_path / "unbroken", None))
 
 
