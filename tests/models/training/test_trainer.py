@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -99,8 +99,17 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> 
     assert set(state["model"]) == set(state["averages"]["averages"]) == {"1.weight", "1.bias"}
 
 
+@pytest.fixture
+def plain_ctrl_c() -> Iterator[None]:
+    """Python's own, whatever an event loop of another test has set."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("plain_ctrl_c")
 def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_there(tmp_path: Path) -> None:
-    trainer, former = make_trainer(tmp_path / "broken", settings(9)), signal.getsignal(signal.SIGINT)
+    trainer = make_trainer(tmp_path / "broken", settings(9))
     saved = []
 
     def interrupted_loss(step: int) -> Tensor:
@@ -111,10 +120,11 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_there(tmp_path: Path) ->
     with pytest.raises(Interrupted, match="stopped at step 4 of 9; its checkpoint is written"):
         trainer.fit(interrupted_loss, on_save=lambda: saved.append(trainer.step))
     assert saved == [4]
-    assert signal.getsignal(signal.SIGINT) is former
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_equal(run(tmp_path / "broken", None), run(tmp_path / "unbroken", None))
 
 
+@pytest.mark.usefixtures("plain_ctrl_c")
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, settings(9))
 
