@@ -16,6 +16,7 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from commands.console import configure_logging, console, fail, hush_libraries, say
+from commands.distill import distill_app
 from commands.keys import keys_app
 from commands.models import models_app
 from supervisor import EX_CONFIG, Child, ChildFailed, Supervisor, Terminal, die_with_parent
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
+app.add_typer(distill_app, name="distill")
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="An entry of the catalog; see: fewstep models list")]
 

@@ -207,6 +207,8 @@ class Distiller:
             with self.trainer.averaged_weights():
                 on_save()
 
+        if self.trainer.is_done:
+            save()
         self.trainer.fit(self.loss, save)
 
     def loss(self, _step: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,8 @@ NAMES: dict[Layout, str] = {"sd": "Stable Diffusion", "sdxl": "SDXL"}
 ADDED: dict[Layout, str | None] = {"sd": None, "sdxl": "text_time"}  # addition_embed_type of the UNet
 LATENT_CHANNELS = 4
 FP16 = "fp16"
+NETWORK_KEYS = ("source", "revision", "variant", "unet", "vae")  # of a catalog entry
+OTHER_KEYS = ("tiny_vae", "license", "license_note", "license_url")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def call_unet(
 @dataclass(frozen=True)
 class Teacher:
     """Where the parts of a frozen model are. `name` is what messages call it, `networks` its networks' classes and
-    folders by diffusers' names, `folder` where scheduler and tokenizers are."""
+    folders by diffusers' names, `folder` where scheduler and tokenizers are, `entry` the keys of a catalog entry that
+    names the same networks."""
 
     name: str
     layout: Layout
@@ -101,6 +104,7 @@ class Teacher:
     scheduler_config: Mapping[str, Any]
     unet_config: Mapping[str, Any]
     vae_config: Mapping[str, Any]
+    entry: Mapping[str, Any] = field(default_factory=dict)
 
     def build_scheduler(self, kind: Any = DDIMScheduler, **changes: Any) -> Any:
         """A scheduler of the teacher's own schedule."""
@@ -135,9 +139,39 @@ class Teacher:
         return Networks().load(class_name, folder, device, dtype, variant=self._variant_of(folder), is_shared=False)
 
     def load_tokenizers(self) -> list[CLIPTokenizer]:
-        names = [name.replace("text_encoder", "tokenizer") for name in self.text_encoders]
         with explained(f"can't load the tokenizers of {self.folder}"):
-            return [CLIPTokenizer.from_pretrained(self.folder / name, local_files_only=True) for name in names]
+            return [
+                CLIPTokenizer.from_pretrained(self.folder / name, local_files_only=True) for name in self.tokenizers
+            ]
+
+    @property
+    def pipeline_class(self) -> Any:
+        """diffusers'."""
+        return FAMILIES[self.layout].pipeline_class
+
+    def build_pipeline(self, unet: Any, scheduler: Any, dtype: torch.dtype) -> Any:
+        """diffusers' pipeline of these and of the teacher's other parts, which are loaded for it, on the CPU."""
+        parts = {name: self.load(name, torch.device("cpu"), dtype) for name in self.networks if name != "unet"}
+        tokenizers = dict(zip(self.tokenizers, self.load_tokenizers(), strict=True))
+        return self.pipeline_class(unet=unet, scheduler=scheduler, **parts, **tokenizers, **self.pipeline_arguments)
+
+    @property
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """What its class is told beside its parts."""
+        if self.layout == "sd":
+            return {**FAMILIES["sd"].arguments, "feature_extractor": None}
+        return {**FAMILIES["sdxl"].arguments, "force_zeros_for_empty_prompt": self.has_zeros_for_none}
+
+    @cached_property
+    def has_zeros_for_none(self) -> bool:
+        """Whether no caption is zeros, as in SDXL's layout unless the folder says else."""
+        index = _read_json(self.folder / "model_index.json") if self.layout == "sdxl" else {}
+        return self.layout == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True))
+
+    @property
+    def tokenizers(self) -> list[str]:
+        """By diffusers' names, in the order of the text encoders."""
+        return [name.replace("text_encoder", "tokenizer") for name in self.text_encoders]
 
     @property
     def text_encoders(self) -> list[str]:
@@ -153,12 +187,16 @@ class Teacher:
         ]
         return fingerprint(file_fingerprints(files))
 
+    @property
+    def serving_keys(self) -> dict[str, Any]:
+        """The keys of a catalog entry that name these networks."""
+        variants = {self._variant_of(folder) for _, folder in self.networks.values()}
+        own = {key: self.entry[key] for key in NETWORK_KEYS if key in self.entry}
+        return {"variant": FP16, **own} if FP16 in variants else own
+
     def _variant_of(self, folder: Path) -> str | None:
         """A folder of one's own may have weights in fp16 only; those in fp32 are preferred."""
-        if self.variant is not None:
-            return self.variant
-        has_plain = any("." not in path.name.removesuffix(".safetensors") for path in folder.glob("*.safetensors"))
-        return None if has_plain else FP16
+        return self.variant or _only_variant(folder)
 
 
 class Encoders:
@@ -168,7 +206,6 @@ class Encoders:
         self.teacher, self.device = teacher, device
         self.tokenizers = teacher.load_tokenizers()
         self._networks = [teacher.load(name, device, torch.float32) for name in teacher.text_encoders]
-        self._has_zeros_for_none = teacher.layout == "sdxl" and _has_zeros_for_none(teacher)
 
     @cached_property
     def vae(self) -> Any:
@@ -182,7 +219,7 @@ class Encoders:
         if self.teacher.layout == "sd":
             return Conditions(self._encode_one(ids[0]))
         states, pooled = sdxl.text_network(*self._networks)(*(tokens.input_ids.to(self.device) for tokens in ids))
-        if self._has_zeros_for_none:
+        if self.teacher.has_zeros_for_none:
             for row in (number for number, caption in enumerate(captions) if caption is None):
                 states[row], pooled[row] = 0, 0
         return Conditions(states, pooled)
@@ -220,7 +257,7 @@ def open_teacher(name: str, catalog: Mapping[str, ModelSpec]) -> Teacher:
     folder = local_path(name)
     if folder is None or not folder.is_dir():
         raise TeacherError(f"{name}: there is no such folder, and the catalog has only {', '.join(sorted(catalog))}")
-    return _open(name, folder, {}, None)
+    return _open(name, folder, {}, {"source": str(folder.resolve())})
 
 
 def _open_entry(spec: ModelSpec) -> Teacher:
@@ -232,10 +269,11 @@ def _open_entry(spec: ModelSpec) -> Teacher:
     if spec.is_single_file:
         raise TeacherError(f"{spec.name} is a single file: a teacher has to be a folder that diffusers wrote")
     replaced = {part: locate(spec, part).path for part in ("unet", "vae") if getattr(spec, part)}
-    return _open(spec.name, locate(spec, "source").path, replaced, spec.variant)
+    entry = {key: value for key, value in spec.model_dump(include={*NETWORK_KEYS, *OTHER_KEYS}).items() if value}
+    return _open(spec.name, locate(spec, "source").path, replaced, entry)
 
 
-def _open(name: str, folder: Path, replaced: Mapping[str, Path], variant: str | None) -> Teacher:
+def _open(name: str, folder: Path, replaced: Mapping[str, Path], entry: Mapping[str, Any]) -> Teacher:
     class_names = {part: kind for part, kind in read_class_names(folder).items() if part not in EXTRAS}
     layout = _layout_of(name, folder, class_names)
     networks = {part: (kind, replaced.get(part, folder / part)) for part, kind in class_names.items()}
@@ -244,7 +282,8 @@ def _open(name: str, folder: Path, replaced: Mapping[str, Path], variant: str | 
         layout=layout,
         folder=folder,
         networks=networks,
-        variant=variant,
+        variant=entry.get("variant"),
+        entry=entry,
         scheduler_config=_read_json(folder / "scheduler" / "scheduler_config.json"),
         unet_config=_read_json(networks["unet"][1] / "config.json"),
         vae_config=_read_json(networks["vae"][1] / "config.json"),
@@ -260,6 +299,11 @@ def _layout_of(name: str, folder: Path, class_names: Mapping[str, str]) -> Layou
     parts = ", ".join(f"{part} ({kind})" for part, kind in sorted(class_names.items())) or "no networks"
     needed = "; ".join(f"{NAMES[layout]} is made of {', '.join(sorted(FAMILIES[layout].networks))}" for layout in NAMES)
     raise TeacherError(f"{name}: {folder} has {parts}; {needed}, with a UNet2DConditionModel")
+
+
+def _only_variant(folder: Path) -> str | None:
+    names = [path.name.removesuffix(".safetensors") for path in folder.glob("*.safetensors")]
+    return FP16 if names and all(f".{FP16}" in name for name in names) else None
 
 
 def _check(teacher: Teacher) -> None:
@@ -283,11 +327,6 @@ def _check(teacher: Teacher) -> None:
         teacher.build_diffusion(torch.device("cpu"))
     except ValueError as error:
         raise TeacherError(f"{name}: {error}") from error
-
-
-def _has_zeros_for_none(teacher: Teacher) -> bool:
-    index = _read_json(teacher.folder / "model_index.json")
-    return bool(index.get("force_zeros_for_empty_prompt", True))  # the pipeline's own default
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""fewstep distill: few-step models from one's own checkpoints."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+distill_app = typer.Typer(help="Makes few-step models of your own, to be served by fewstep.", no_args_is_help=True)
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+TeacherArgument = Annotated[
+    str, typer.Argument(help="The model to learn from: a folder that diffusers wrote, or an entry of the catalog.")
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        metavar="FOLDER|mini",
+        help="Pictures with captions: metadata.jsonl with file_name and text a line, or a .txt beside each picture. "
+        "mini: the bundled miniature's own, painted here.",
+    ),
+]
+OutOption = Annotated[
+    Path, typer.Option(help="Where the result goes, and in its folder training what the run needs to go on.")
+]
+StepsOption = Annotated[int, typer.Option(min=1, help="Training steps in all.")]
+SizeOption = Annotated[
+    str | None, typer.Option(metavar="N|WxH", help="Size of the pictures in pixels; the teacher's own if none.")
+]
+BatchSizeOption = Annotated[int | None, typer.Option(min=1, help="Pictures in a batch; by default 8, and 4 for SDXL.")]
+AccumulateOption = Annotated[int, typer.Option(min=1, help="Batches in a step: more of them cost time, and no memory.")]
+EmaDecayOption = Annotated[float, typer.Option(min=0.0, max=0.99999, help="How slowly the averaged student follows.")]
+DropoutOption = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the captions that is left out.")]
+SaveEveryOption = Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; a GPU where there is one, if none.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="What the networks compute in; bfloat16 where the device can, if none.")
+]
+CheckpointingOption = Annotated[
+    bool,
+    typer.Option("--gradient-checkpointing", help="Much less memory for about a third more time per step."),
+]
+SampleOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A prompt to draw at 1, 2 and 4 steps with each checkpoint; may be given several times."),
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Where encoded pictures are kept; in OUT if none. Runs may share it.")
+]
+NameOption = Annotated[str | None, typer.Option(help="What the catalog shall call the model; the name of OUT if none.")]
+
+
+@distill_app.command()
+def lcm(
+    teacher: TeacherArgument,
+    data: DataOption,
+    out: OutOption,
+    full: Annotated[
+        bool, typer.Option("--full", help="A whole network that reads the guidance scale, instead of a LoRA.")
+    ] = False,
+    steps: StepsOption = 4000,
+    size: SizeOption = None,
+    batch_size: BatchSizeOption = None,
+    accumulate: AccumulateOption = 1,
+    rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Learning rate; by default 1e-4 for a LoRA, 8e-6 with --full.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA: its size, and how much it can learn.")] = 64,
+    solver_timesteps: Annotated[
+        int, typer.Option(min=1, max=1000, help="Timesteps of the teacher's DDIM; 50 skips 20 of 1000 at a time.")
+    ] = 50,
+    guidance: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="LOW HIGH", help="Guidance scales of the teacher to learn; twice the same for one."),
+    ] = (3.0, 15.0),
+    ema_decay: EmaDecayOption = 0.95,
+    caption_dropout: DropoutOption = 0.1,
+    seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
+    save_every: SaveEveryOption = 500,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    gradient_checkpointing: CheckpointingOption = False,
+    sample: SampleOption = None,
+    cache: CacheOption = None,
+    name: NameOption = None,
+) -> None:
+    """Distils a Stable Diffusion or SDXL model so that it draws in 1 to 8 steps: latent consistency distillation.
+
+    The result is an LCM-LoRA, or with --full a whole model, as diffusers users load it. Ctrl-C writes a checkpoint; the
+    same command goes on there. At the end it prints the catalog entry that serves the model.
+
+    Example: fewstep distill lcm ./my-model --data ./pictures --out ./my-lcm --sample "a red fox in snow"
+    """
+    from commands.console import hush_libraries
+
+    hush_libraries()  # before anything of them is imported that prints
+    from commands.distilling import Options, distill_lcm
+
+    options = Options(
+        teacher=teacher,
+        data=data,
+        out=out,
+        steps=steps,
+        size=size,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        rate=rate,
+        ema_decay=ema_decay,
+        caption_dropout=caption_dropout,
+        seed=seed,
+        save_every=save_every,
+        device=device,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        prompts=tuple(sample or ()),
+        cache=cache,
+        name=name,
+    )
+    distill_lcm(options, rank=None if full else rank, solver_timesteps=solver_timesteps, guidance=guidance)
