@@ -9,7 +9,7 @@ Two judges say what it should have been: heads on frozen features, trained besid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ class Student(Protocol):
 
     unet: Any
 
-    def teacher(self) -> Any:
+    def teacher(self) -> AbstractContextManager[Any]:
         """The teacher's network, within a `with`."""
 
 
@@ -140,11 +140,12 @@ class Adversary:
         noise = torch.randn_like(latents)
         seen = self.signal_seen(starts)[:, None, None, None]
         _, spread = self.diffusion.shares(starts)
-        return seen * latents + spread * noise
+        noisy: Tensor = seen * latents + spread * noise
+        return noisy
 
     def signal_seen(self, starts: Tensor) -> Tensor:
         """How much of the real picture the student sees, `"b"`."""
-        signal = self.diffusion.signal[starts]
+        signal: Tensor = self.diffusion.signal[starts]
         return signal * (starts < self.diffusion.num_timesteps - 1)
 
     def score(self, teacher: Any, made: Tensor, conditions: Conditions, unconditional: Conditions) -> Tensor:
@@ -153,8 +154,8 @@ class Adversary:
         levels = torch.randint(0, self.diffusion.num_timesteps, (len(made),)).to(made.device)
         noisy = self.diffusion.add_noise(made.detach(), torch.randn_like(made), levels)
         wanted = self._teach(teacher, noisy, levels, conditions, unconditional)
-        distances = F.mse_loss(made, wanted, reduction="none").mean((1, 2, 3))
-        return (self.diffusion.signal[levels] * distances).mean()
+        weights: Tensor = self.diffusion.signal[levels]
+        return (weights * F.mse_loss(made, wanted, reduction="none").mean((1, 2, 3))).mean()
 
     @torch.no_grad()
     def _teach(
@@ -245,6 +246,8 @@ class AddDistiller:
             with self.trainer.averaged_weights():
                 on_save()
 
+        if self.trainer.is_done:
+            save()
         self.trainer.fit(self.loss, save)
 
     def loss(self, _step: int) -> Tensor:

@@ -7,7 +7,7 @@ the same architecture, as it is done with SDXL-Turbo.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,36 +25,48 @@ from models.training.trainer import CPU
 CONFIG = "config.json"
 FP16 = "fp16"
 
-Bar = Callable[[Iterable[str]], Iterable[str]]
 
-
+@dataclass(frozen=True)
 class Weights:
-    """The weights of a UNet's folder, or of a diffusers folder that has one, read one by one.
+    """A UNet's weights, read one by one, in fp32. `name` is what messages call it."""
 
-    Raises LoadError for files that can't be read, ExtractError for a folder without a UNet.
-    """
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = _unet_folder(folder)
-        self._files: dict[str, Any] = {}
-        for path in _files_of(self.folder):
-            file = safe_open(path, framework="pt")
-            self._files |= dict.fromkeys(file.keys(), file)
+    @classmethod
+    def of_network(cls, unet: Any, name: str) -> Weights:
+        """Of one in memory, as it is when they are read."""
+        tensors = dict(unet.state_dict())
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        return cls(name, shapes, lambda key: tensors[key].detach().to(CPU, torch.float32))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
+    @classmethod
+    def of_folder(cls, folder: Path, variant: str | None = None) -> Weights:
+        """Of a UNet's folder, or of a diffusers folder that has one.
+
+        Raises LoadError for files that can't be read, ExtractError for a folder without a UNet.
+        """
+        place = _unet_folder(folder)
+        files: dict[str, Any] = {}
+        for path in _files_of(place, variant):
+            file: Any = safe_open(path, framework="pt")
+            files |= dict.fromkeys(file.keys(), file)
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()}
+        return cls(str(folder), shapes, lambda name: files[name].get_tensor(name).float())
 
     @property
-    def names(self) -> list[str]:
-        return sorted(self._files)
+    def layers(self) -> list[str]:
+        """Those that a LoRA can change: linear ones and convolutions."""
+        return [name.removesuffix(".weight") for name in sorted(self.shapes) if self._is_layer(name)]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+    @property
+    def others(self) -> list[str]:
+        """All weights but those of the layers: biases and norms."""
+        return [name for name in sorted(self.shapes) if not self._is_layer(name)]
 
-    def read(self, name: str) -> Tensor:
-        """In fp32."""
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor.float()
+    def _is_layer(self, name: str) -> bool:
+        return name.endswith(".weight") and len(self.shapes[name]) in (2, 4)
 
 
 def _unet_folder(folder: Path) -> Path:
@@ -64,26 +76,19 @@ def _unet_folder(folder: Path) -> Path:
     raise ExtractError(f"{folder} is neither a UNet's folder nor one of diffusers with a UNet: there is no {CONFIG}")
 
 
-def _files_of(folder: Path) -> list[Path]:
-    plain = [path for path in folder.glob("*.safetensors") if "." not in path.name.removesuffix(".safetensors")]
+def _files_of(folder: Path, variant: str | None) -> list[Path]:
     check_weights(folder)
-    return weight_files(folder, None if plain else FP16)
+    has_plain = any("." not in path.name.removesuffix(".safetensors") for path in folder.glob("*.safetensors"))
+    return weight_files(folder, variant if has_plain else FP16)
 
 
 def check_same(base: Weights, tuned: Weights) -> None:
     """Raises ExtractError that names the first layer which only one of them has, or which differs in shape."""
-    for name in sorted({*base.names, *tuned.names}):
-        layer = name.rpartition(".")[0]
-        for one, other in ((base, tuned), (tuned, base)):
-            if name not in one:
-                raise ExtractError(
-                    f"they are of two architectures: {other.folder} has the layer {layer}, {one.folder} hasn't"
-                )
-        if base.shape(name) != tuned.shape(name):
-            raise ExtractError(
-                f"they are of two architectures: the layer {layer} is {base.shape(name)} in {base.folder} and "
-                f"{tuned.shape(name)} in {tuned.folder}"
-            )
+    for name in sorted({*base.shapes, *tuned.shapes}):
+        shapes = [weights.shapes.get(name) for weights in (base, tuned)]
+        if shapes[0] != shapes[1]:
+            said = [f"{shape or 'not there'} in {one.name}" for shape, one in zip(shapes, (base, tuned), strict=True)]
+            raise ExtractError(f"they are of two architectures: {name} is {said[0]} and {said[1]}")
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,8 @@ class Layer:
 
     @property
     def energies(self) -> Tensor:
+        """What each singular value adds to the sum of squares."""
         return self.values.double().square()
-
-    def cut(self, rank: int) -> Layer:
-        """What a LoRA of this rank can use."""
-        return Layer(self.shape, self.left[:, :rank], self.values[:rank], self.right[:rank])
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Down and up, of equal size; filled up with zeros where the layer has less than this rank, since some readers
@@ -144,48 +146,44 @@ class Extract:
 
 
 def extract(
-    base: Weights,
-    tuned: Weights,
-    rank: int | None = None,
-    keep: float | None = None,
-    device: torch.device = CPU,
-    show: bool = True,
+    base: Weights, tuned: Weights, rank: int | None = None, keep: float | None = None, device: torch.device = CPU
 ) -> Extract:
     """The LoRA that leads from `base` to `tuned`: of this rank, or of the smallest one that keeps this share of the
-    layers' difference, which takes room in memory for the difference itself.
+    layers' difference.
 
-    Raises ExtractError for networks of two architectures, and for two that are the same.
+    Raises ExtractError for networks of two architectures, and for two whose layers are the same.
     """
-    if (rank is None) == (keep is None):
-        raise ValueError("either a rank or a share to keep is needed")
     check_same(base, tuned)
-    layers: dict[str, Layer] = {}
-    energies: dict[str, Tensor] = {}
-    left_out = 0.0
-    names = tqdm(base.names, desc="extracting", mininterval=2.0, disable=not show)
-    for name, difference in _differences(base, tuned, names):
-        layer = name.removesuffix(".weight")
-        if difference.dim() < 2:
-            left_out += float(difference.double().square().sum())
-        elif difference.any():
-            whole = Layer.of(difference, device)
-            energies[layer] = whole.energies
-            layers[layer] = whole if rank is None else whole.cut(rank)
-    if not layers:
-        raise ExtractError(f"the layers of {base.folder} and {tuned.folder} don't differ: there is nothing to extract")
-    rank = rank or smallest_rank(energies.values(), keep or 1.0)
-    total = sum(float(energy.sum()) for energy in energies.values())
-    kept = sum(float(energy[:rank].sum()) for energy in energies.values())
-    factors = {name: layer.factors(rank) for name, layer in layers.items()}
+    if rank is None:
+        rank = smallest_rank(base, tuned, 1.0 if keep is None else keep, device)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    total = kept = 0.0
+    for name, difference in _layer_differences(base, tuned, "extracting"):
+        layer = Layer.of(difference, device)
+        factors[name] = layer.factors(rank)
+        total += float(layer.energies.sum())
+        kept += float(layer.energies[:rank].sum())
+    left_out = sum(float((tuned.read(name) - base.read(name)).square().sum()) for name in base.others)
     return Extract(rank, factors, kept / total, left_out / (left_out + total))
 
 
-def _differences(base: Weights, tuned: Weights, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        yield name, tuned.read(name) - base.read(name)
-
-
-def smallest_rank(energies: Iterable[Tensor], keep: float) -> int:
-    """Of all layers together: the squares of singular values in each are in falling order."""
-    by_rank = torch.nn.utils.rnn.pad_sequence(list(energies)).sum(1).cumsum(0)
+def smallest_rank(base: Weights, tuned: Weights, keep: float, device: torch.device = CPU) -> int:
+    """Which, given to every layer, keeps this share of what all of them differ in."""
+    energies = [
+        torch.linalg.svdvals(difference.flatten(1).to(device)).to(CPU).double().square()
+        for _, difference in _layer_differences(base, tuned, "choosing the rank")
+    ]
+    by_rank = torch.nn.utils.rnn.pad_sequence(energies).sum(1).cumsum(0)
     return int((by_rank < keep * by_rank[-1]).sum()) + 1
+
+
+def _layer_differences(base: Weights, tuned: Weights, doing: str) -> Iterator[tuple[str, Tensor]]:
+    """Of the layers that differ, by their names. Raises ExtractError where there is none."""
+    is_same = True
+    for layer in tqdm(base.layers, desc=doing, mininterval=2.0):
+        difference = tuned.read(f"{layer}.weight") - base.read(f"{layer}.weight")
+        if difference.any():
+            is_same = False
+            yield layer, difference
+    if is_same:
+        raise ExtractError(f"the layers of {base.name} and {tuned.name} don't differ: there is nothing to extract")

@@ -105,7 +105,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A small convolutional classifier of latents: `num_labels` things that are there or aren't, and `num_colors` of
     which the background has one."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         num_labels: int,
