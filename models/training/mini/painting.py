@@ -33,7 +33,7 @@ def paint(
 
     def encode(pixels: Tensor) -> Tensor:
         width, height = size
-        return encoders.encode_pictures(F.interpolate(pixels, (height, width), mode="bilinear"))[0].cpu()
+        return encoders.encode_pictures(F.interpolate(pixels, (height, width), mode="bilinear"))[0].cpu().contiguous()
 
     if not (folder / SCENES).exists():
         encode_scenes(vocabulary, encode, count).save(folder)
