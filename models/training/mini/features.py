@@ -20,6 +20,7 @@ from torch import Tensor
 
 from models.training.features import LatentClassifier
 from models.training.fingerprints import tensor_fingerprint
+from models.training.lcm import RUN
 from models.training.mini.dataset import Scene
 from models.training.mini.latents import LatentCache
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
@@ -54,36 +55,42 @@ class Accuracy:
 
 
 def build_classifier(vocabulary: Vocabulary, channels: tuple[int, ...] = (64, 128, 192)) -> LatentClassifier:
-    return LatentClassifier(len(vocabulary.things), len(vocabulary.colors), channels=channels)
+    network: LatentClassifier = LatentClassifier(len(vocabulary.things), len(vocabulary.colors), channels=channels)
+    return network
 
 
-def train_classifier(
-    network: LatentClassifier,
-    cache: LatentCache,
-    vocabulary: Vocabulary,
-    out: Path,
-    settings: TrainSettings,
-    batch_size: int = 64,
-    compute: Compute | None = None,
-) -> Trainer:
-    """Train it; its averaged weights lie in `out` after every checkpoint."""
-    compute = compute or Compute()
-    identity = {"data": tensor_fingerprint(cache.latents), "batch_size": batch_size}
-    trainer = Trainer(network.to(compute.device).train(), out / "training", settings, identity=identity)
+class ClassifierTraining:
+    """Trains a classifier; its averaged weights lie in `out` after every checkpoint, and what the training needs to go
+    on in `out/training`. Raises CheckpointError where that is another run's."""
 
-    def loss_of(_step: int) -> Tensor:
-        latents, scenes = cache.draw(batch_size, trainer.rng)
-        labels = Labels.of(scenes, vocabulary)
-        with compute.autocast():
-            things, backgrounds = network(_mirrored(latents).to(compute.device))
-        return _loss(things.float().cpu(), backgrounds.float().cpu(), labels)
+    def __init__(
+        self,
+        network: LatentClassifier,
+        cache: LatentCache,
+        vocabulary: Vocabulary,
+        out: Path,
+        settings: TrainSettings,
+        batch_size: int = 64,
+        compute: Compute | None = None,
+    ) -> None:
+        self.network, self.cache, self.vocabulary, self.out = network, cache, vocabulary, out
+        self.batch_size, self.compute = batch_size, compute or Compute()
+        identity = {"data": tensor_fingerprint(cache.latents), "batch_size": batch_size}
+        self.trainer = Trainer(network.to(self.compute.device).train(), out / RUN, settings, identity=identity)
 
-    def save() -> None:
-        with trainer.averaged_weights():
-            network.save_pretrained(out)
+    def train(self, until: int | None = None) -> None:
+        """To the end of the plan, or to this step."""
+        self.trainer.fit(self.loss, self.save, until)
 
-    trainer.fit(loss_of, save)
-    return trainer
+    def loss(self, _step: int) -> Tensor:
+        latents, scenes = self.cache.draw(self.batch_size, self.trainer.rng)
+        with self.compute.autocast():
+            things, backgrounds = self.network(_mirrored(latents).to(self.compute.device))
+        return _loss(things.float().cpu(), backgrounds.float().cpu(), Labels.of(scenes, self.vocabulary))
+
+    def save(self) -> None:
+        with self.trainer.averaged_weights():
+            self.network.save_pretrained(self.out)
 
 
 def _mirrored(latents: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ def measure(
     """On all pictures of the cache."""
     compute = compute or Compute()
     labels = Labels.of(cache.scenes, vocabulary)
-    outputs = [network.eval()(part.float().to(compute.device)) for part in cache.latents.split(256)]
+    outputs = [network.eval()(part.float().to(compute.device)) for part in torch.split(cache.latents, 256)]
     things, backgrounds = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
     hits = [
         set(logits.topk(int(wanted.sum())).indices.tolist()) == set(wanted.nonzero().flatten().tolist())
@@ -141,9 +148,11 @@ def main(
     torch.manual_seed(seed)
     settings = TrainSettings(steps, rate, save_every=500, seed=seed)
     network = build_classifier(vocabulary)
-    trainer = train_classifier(network, seen, vocabulary, out, settings, batch_size, compute)
-    accuracy = measure(trainer.keep_average(), held_out, vocabulary, compute)
-    print(f"of {len(held_out.scenes)} unseen pictures: things {accuracy.things:.1%}, backgrounds {accuracy.backgrounds:.1%}")
+    training = ClassifierTraining(network, seen, vocabulary, out, settings, batch_size, compute)
+    training.train()
+    accuracy = measure(training.trainer.keep_average(), held_out, vocabulary, compute)
+    things, backgrounds = f"{accuracy.things:.1%}", f"{accuracy.backgrounds:.1%}"
+    print(f"of {len(held_out.scenes)} unseen pictures: things {things}, backgrounds {backgrounds}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def make_student(teacher: Teacher, mode: Mode, dtype: torch.dtype = torch.float3
     return WholeStudent(teacher.load_unet(CPU, torch.float32), dtype)
 
 
-def make_features(student: Student, teacher: Teacher, compute: Compute, classifier: LatentClassifier | None) -> Features:
+def make_features(
+    student: Student, teacher: Teacher, compute: Compute, classifier: LatentClassifier | None
+) -> Features:
     if classifier is not None:
         return ClassifierFeatures(classifier.requires_grad_(False).eval(), compute, "a classifier")
     with student.teacher() as frozen:
@@ -62,7 +64,8 @@ def make_features(student: Student, teacher: Teacher, compute: Compute, classifi
 
 def make_classifier() -> LatentClassifier:
     torch.manual_seed(1)
-    return LatentClassifier(num_labels=5, num_colors=3, channels=(16, 32))
+    network: LatentClassifier = LatentClassifier(num_labels=5, num_colors=3, channels=(16, 32))
+    return network
 
 
 def make_distiller(
@@ -143,10 +146,10 @@ def test_it_begins_at_the_last_timestep_as_the_sampler_does_and_else_with_a_nois
     assert torch.equal(begun[1], noised[1])
 
 
-def test_a_teacher_that_predicts_pictures_can_not_be_sampled_so(root: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_predicts_pictures_can_not_be_sampled_so(tmp_path: Path) -> None:
     make_teacher(tmp_path, "sd")
     change_config(tmp_path / "sd" / "scheduler", prediction_type="sample")
-    with pytest.raises(TeacherError, match="prediction_type is 'sample'.*takes epsilon or v_prediction"):
+    with pytest.raises(TeacherError, match=r"prediction_type is 'sample'.*takes epsilon or v_prediction"):
         build_scheduler(open_teacher(str(tmp_path / "sd"), {}))
 
 
@@ -237,7 +240,9 @@ def test_the_heads_get_the_gradient_of_theirs_alone(root: Path, tmp_path: Path) 
     with torch.no_grad():
         made = adversary.draw(batch, starts)
         levels = adversary.features.draw_levels(4)
-        real = [each.requires_grad_(True) for each in adversary.features.extract(batch.latents, levels, batch.conditions)]
+        real = [
+            each.requires_grad_(True) for each in adversary.features.extract(batch.latents, levels, batch.conditions)
+        ]
         summary = adversary.features.summarize(batch.latents, batch.conditions)
         maps = adversary.features.extract(made, levels, batch.conditions)
     condition = adversary.heads.condition(batch.conditions, summary, adversary.signal_seen(starts), levels)
@@ -293,7 +298,8 @@ def test_the_weights_of_heads_are_normalized_by_their_largest_singular_value() -
     for _ in range(30):
         head(torch.randn(1, 32, 4, 4), torch.randn(1, 8))
     head.eval()
-    for layer in (head.entry, head.mix, head.score):
+    layers: tuple[Any, ...] = (head.entry, head.mix, head.score)
+    for layer in layers:
         assert float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) == pytest.approx(1, abs=0.02)
 
 
@@ -331,7 +337,9 @@ def test_the_teachers_features_are_what_its_blocks_give_in_a_whole_forward(
     seen: list[Tensor] = []
     for block in features.unet.down_blocks:
         last = block.attentions[-1] if hasattr(block, "attentions") else block.resnets[-1]
-        last.register_forward_hook(lambda _m, _i, output: seen.append(output[0] if isinstance(output, tuple) else output))
+        last.register_forward_hook(
+            lambda _m, _i, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
     features.unet.mid_block.register_forward_hook(lambda _m, _i, output: seen.append(output))
     torch.manual_seed(5)
     noisy = features.diffusion.add_noise(batch.latents, torch.randn_like(batch.latents), levels)
