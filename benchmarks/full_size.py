@@ -474,17 +474,21 @@ class _Attentions(TorchFunctionMode):
 class Peak:
     """The most bytes that tensors made inside it take at once, on the meta device too: `num_bytes`.
 
-    Attention counts as one kernel, and kernels' own workspaces don't count. Not inside `torch.inference_mode`.
+    Attention counts as one kernel, and kernels' own workspaces don't count. Not inside `torch.inference_mode`. With
+    `is_training` gradients are followed, and attention is the caller's to count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_training: bool = False) -> None:
         self.num_bytes = self._live = 0
+        self._is_training = is_training
         self._modes = ExitStack()
 
     def __enter__(self) -> Self:
-        self._modes.enter_context(torch.no_grad())
+        if not self._is_training:
+            self._modes.enter_context(torch.no_grad())
         self._modes.enter_context(_Allocations(self))
-        self._modes.enter_context(_Attentions(Counter()))
+        if not self._is_training:
+            self._modes.enter_context(_Attentions(Counter()))
         return self
 
     def __exit__(self, *details: object) -> None:

@@ -47,6 +47,7 @@ CheckpointingOption = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Much less memory for about a third more time per step."),
 ]
+PicturesOption = Annotated[int, typer.Option(min=1, help="How many pictures to paint, for --data mini.")]
 SampleOption = Annotated[
     list[str] | None,
     typer.Option(help="A prompt to draw at 1, 2 and 4 steps with each checkpoint; may be given several times."),
@@ -70,7 +71,7 @@ def lcm(
     batch_size: BatchSizeOption = None,
     accumulate: AccumulateOption = 1,
     rate: Annotated[
-        float | None, typer.Option(min=0.0, help="Learning rate; by default 1e-4 for a LoRA, 8e-6 with --full.")
+        float | None, typer.Option(min=1e-9, help="Learning rate; by default 1e-4 for a LoRA, 8e-6 with --full.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA: its size, and how much it can learn.")] = 64,
     solver_timesteps: Annotated[
@@ -88,6 +89,7 @@ def lcm(
     dtype: DtypeOption = None,
     gradient_checkpointing: CheckpointingOption = False,
     sample: SampleOption = None,
+    pictures: PicturesOption = 10_000,
     cache: CacheOption = None,
     name: NameOption = None,
 ) -> None:
@@ -120,6 +122,7 @@ def lcm(
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
         prompts=tuple(sample or ()),
+        num_painted=pictures,
         cache=cache,
         name=name,
     )

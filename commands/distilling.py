@@ -22,7 +22,7 @@ from models.training.entries import full_lcm_entry, lcm_lora_entry, save_table
 from models.training.errors import Interrupted, TrainingError
 from models.training.exporting import copy_unet, save_pipeline
 from models.training.lcm import RUN, Distiller, FullStudent, LcmSettings, LoraStudent, save_lora
-from models.training.mini.painting import NUM_PICTURES, drawable_vocabulary, paint
+from models.training.mini.painting import drawable_vocabulary, paint
 from models.training.pictures import Batches, PictureCache, encode_pictures, find_pictures
 from models.training.samples import SampleSheet
 from models.training.teachers import NAMES, Encoders, Size, Teacher, open_teacher
@@ -56,6 +56,7 @@ class Options:
     dtype: str | None
     gradient_checkpointing: bool
     prompts: tuple[str, ...]
+    num_painted: int
     cache: Path | None
     name: str | None
 
@@ -86,9 +87,9 @@ class Session:
         if options.data == MINI:
             vocabulary = drawable_vocabulary()
             things = "emoji and shapes" if vocabulary.emoji else "shapes only, since the font of the emoji isn't here"
-            say(f"data: {NUM_PICTURES} painted pictures of {things}")
+            say(f"data: {options.num_painted} painted pictures of {things}")
             size, share = self.size, options.caption_dropout
-            return paint(vocabulary, encoders, size, cache, self.batch_size, share, NUM_PICTURES)
+            return paint(vocabulary, encoders, size, cache, self.batch_size, share, options.num_painted)
         pictures = find_pictures(Path(options.data))
         say(f"data: {len(pictures)} pictures of {options.data}")
         return PictureCache(
@@ -99,7 +100,7 @@ class Session:
         options = self.options
         return TrainSettings(
             steps=options.steps,
-            rate=options.rate or rate,
+            rate=rate if options.rate is None else options.rate,
             warmup=min(100, options.steps // 10),
             ema_decay=options.ema_decay,
             weight_decay=0,

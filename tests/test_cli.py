@@ -37,12 +37,12 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str,
         assert word in line
 
 
-@pytest.mark.parametrize("command", ["serve", "gateway", "worker", "generate", "models", "keys"])
+@pytest.mark.parametrize("command", ["serve", "gateway", "worker", "generate", "models", "keys", "distill"])
 def test_help_teaches(command: str) -> None:
     assert command in fewstep("--help").stdout
     result = fewstep(command, "--help")
     assert result.returncode == 0
-    assert command in ("models", "keys") or "Example: " in result.stdout
+    assert command in ("models", "keys", "distill") or "Example: " in result.stdout
 
 
 def test_the_catalog_is_listed() -> None:

@@ -244,7 +244,8 @@ def with_guidance_input(teacher: Any) -> Any:
     student: Any = UNet2DConditionModel.from_config(dict(teacher.config), time_cond_proj_dim=GUIDANCE_WIDTH)
     student.load_state_dict(teacher.state_dict(), strict=False)
     nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    return student.to(teacher.device, torch.float32).train()
+    student.to(teacher.device).to(memory_format=torch.channels_last)
+    return student.train()
 
 
 def save_lora(unet: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:

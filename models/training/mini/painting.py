@@ -14,8 +14,6 @@ from models.training.mini.teacher import CaptionedLatents, PaintedBatches
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
 from models.training.teachers import Encoders, Size
 
-NUM_PICTURES = 10_000
-
 
 def drawable_vocabulary() -> Vocabulary:
     """All of it where the font for emoji is, else the shapes."""

@@ -1,0 +1,164 @@
+"""What a distillation takes of a GPU's memory, counted on the real architectures without any GPU.
+
+    python -m benchmarks.distill_memory            # some minutes
+
+*Weights* are what lies in memory all the time: frozen networks in bfloat16, and of each trained weight itself, its
+average and Adam's two moments in fp32. *Step* is the most that one training step's tensors take at once, the gradients
+among them: activations of the student's forward and backward pass. The teacher's guided pass comes before it and takes
+less. Autocast is played on the meta device by its rules: convolutions, products and attention in bfloat16,
+normalisations in fp32. Text encoders and VAE have left memory by then. It leaves out what no shape tells: the CUDA
+context and the libraries' workspaces, usually one to two GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from benchmarks.diffusers_loop import hush_libraries
+from benchmarks.full_size import SD15, SDXL, Architecture, Peak
+from benchmarks.machine import REPOSITORY
+from benchmarks.memory import META
+from benchmarks.report import print_table, write_report
+from models.catalog import Size
+from models.training.diffusion import Diffusion, build_scheduler
+from models.training.lcm import Consistency, FullStudent, LcmSettings, LoraStudent, Student
+from models.training.teachers import Conditions
+from models.training.trainer import Compute
+
+RANK = 64
+TRAINED_BYTES = 4 + 4 + 8  # of a weight: itself, its average, Adam's moments
+FULL_PRECISION = Compute(META, torch.float32)  # of what Autocast doesn't cast
+ARCHITECTURES = {"SD 1.5": (SD15, (512, 512)), "SDXL": (SDXL, (1024, 1024))}
+BATCH_SIZES = (1, 4, 8)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one distillation."""
+
+    model: str
+    student: str
+    batch: int
+    checkpointing: bool
+    trained_millions: float
+    weights: float
+    step: float
+    total: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
+    parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-distill-memory.json")
+    options = parser.parse_args()
+    hush_libraries()
+    cases = product(ARCHITECTURES, (RANK, None), options.batch_sizes, (False, True))
+    rows = [estimate(name, *ARCHITECTURES[name], *case) for name, *case in cases]
+    print_table(rows)
+    write_report(options.json, vars(options), {"distillation": rows})
+
+
+def estimate(
+    name: str, architecture: Architecture, size: Size, rank: int | None, batch_size: int, checkpointing: bool
+) -> Memory:
+    """`rank` of a LoRA; None for a whole network."""
+    with torch.device(META):
+        student = make_student(architecture, rank)
+    if checkpointing:
+        student.unet.enable_gradient_checkpointing()
+    with student.teacher() as teacher:
+        networks = {id(weight): weight for network in (teacher, student.unet) for weight in network.parameters()}
+    frozen = sum(weight.numel() * weight.element_size() for weight in networks.values() if not weight.requires_grad)
+    trained = sum(weight.numel() for weight in student.unet.parameters() if weight.requires_grad)
+    weights = (frozen + trained * TRAINED_BYTES) / 2**30
+    step = peak_gib(lambda: take_step(student, architecture, size, batch_size))
+    kind = "whole" if rank is None else f"LoRA, rank {rank}"
+    return Memory(name, kind, batch_size, checkpointing, trained / 1e6, weights, step, weights + step)
+
+
+def make_student(architecture: Architecture, rank: int | None) -> Student:
+    unet = diffusers.UNet2DConditionModel(**architecture.unet).requires_grad_(False)
+    return FullStudent(unet, torch.bfloat16) if rank is None else LoraStudent(unet.to(torch.bfloat16), rank)
+
+
+def take_step(student: Student, architecture: Architecture, size: Size, batch_size: int) -> None:
+    """Teacher, target, student, gradients: as models.training.lcm.Distiller does it."""
+    consistency = Consistency(LcmSettings(), Diffusion(build_scheduler(), META), FULL_PRECISION)
+    width, height = (side // 8 for side in size)
+    noisy = torch.empty(batch_size, 4, height, width, device=META)
+    rows, nothing = make_conditions(architecture, batch_size), make_conditions(architecture, 1)
+    start, end = consistency.draw_timesteps(batch_size)
+    embedded = student.embed(torch.empty(batch_size, device=META))
+    with torch.no_grad(), student.teacher() as teacher:
+        solved = consistency.solve(teacher, noisy, start, end, rows, nothing, consistency.draw_guidance(batch_size))
+    with torch.no_grad():
+        target = consistency.apply(student.unet, solved, end, rows, embedded)
+    loss = consistency.loss(consistency.apply(student.unet, noisy, start, rows, embedded), target)
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def make_conditions(architecture: Architecture, rows: int) -> Conditions:
+    unet = architecture.unet
+    states = torch.empty(rows, 77, unet["cross_attention_dim"], device=META)
+    if architecture.family == "sd":
+        return Conditions(states)
+    pooled = torch.empty(rows, architecture.text_encoders[-1]["projection_dim"], device=META)
+    return Conditions(states, pooled, torch.empty(rows, 6, device=META))
+
+
+def peak_gib(call: Callable[[], object]) -> float:
+    with Peak(is_training=True) as peak, Autocast():
+        call()
+    return peak.num_bytes / 2**30
+
+
+class Autocast(TorchFunctionMode):
+    """CUDA's autocast to bfloat16 and its fused attention, for tensors on the meta device."""
+
+    LOW = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.baddbmm)
+    HIGH = (F.group_norm, F.layer_norm, F.softmax)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _FusedAttention.apply(*(_cast(tensor, torch.bfloat16) for tensor in args[:3]))
+        if func in self.LOW or func in self.HIGH:
+            dtype = torch.bfloat16 if func in self.LOW else torch.float32
+            args = [_cast(value, dtype) for value in args]
+            named = {name: _cast(value, dtype) for name, value in named.items()}
+        return func(*args, **named)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps its inputs, its output and a sum per row, as flash attention does."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        context.save_for_backward(query, key, value, output, sums)
+        return output
+
+    @staticmethod
+    def backward(context: Any, *_gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = context.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+if __name__ == "__main__":
+    main()
