@@ -165,9 +165,9 @@ def turbo(
     batch_size: BatchSizeOption = None,
     accumulate: AccumulateOption = 1,
     rate: Annotated[
-        float | None, typer.Option(min=0.0, help="Learning rate; by default 1e-5, and 1e-4 with --lora-only.")
+        float | None, typer.Option(min=1e-9, help="Learning rate; by default 1e-5, and 1e-4 with --lora-only.")
     ] = None,
-    heads_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate of the discriminator.")] = 1e-4,
+    heads_rate: Annotated[float, typer.Option(min=1e-9, help="Learning rate of the discriminator.")] = 1e-4,
     ema_decay: EmaDecayOption = 0.998,
     caption_dropout: DropoutOption = 0.1,
     seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
@@ -177,6 +177,7 @@ def turbo(
     dtype: DtypeOption = None,
     gradient_checkpointing: CheckpointingOption = False,
     sample: SampleOption = None,
+    pictures: PicturesOption = 10_000,
     cache: CacheOption = None,
     name: NameOption = None,
 ) -> None:
@@ -211,6 +212,7 @@ def turbo(
         dtype=dtype,
         gradient_checkpointing=gradient_checkpointing,
         prompts=tuple(sample or ()),
+        num_painted=pictures,
         cache=cache,
         name=name,
     )
