@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.full_size import SD15, SDXL, Architecture, Peak
@@ -76,7 +78,7 @@ def estimate(
     with torch.device(META):
         student = make_student(architecture, rank)
     if checkpointing:
-        student.unet.enable_gradient_checkpointing()
+        student.unet.enable_gradient_checkpointing(checkpoint_with_autocast)
     with student.teacher() as teacher:
         networks = {id(weight): weight for network in (teacher, student.unet) for weight in network.parameters()}
     frozen = sum(weight.numel() * weight.element_size() for weight in networks.values() if not weight.requires_grad)
@@ -138,6 +140,11 @@ class Autocast(TorchFunctionMode):
             args = [_cast(value, dtype) for value in args]
             named = {name: _cast(value, dtype) for name, value in named.items()}
         return func(*args, **named)
+
+
+def checkpoint_with_autocast(module: Any, *inputs: Any) -> Any:
+    """diffusers' own way, except that what is computed again in the backward pass, outside of modes, is cast too."""
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), Autocast()))
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -1,9 +1,9 @@
 """Latent consistency distillation (Luo et al., arXiv 2310.04378, algorithm 1), into a LoRA (Luo et al., arXiv
-2311.05556) or into a whole network that reads the guidance scale (section 4.3 of the former).
+2311.05556) or into a whole network that reads the guidance scale (section 4.2 of the former).
 
 The student's prediction at a noisy timestep is drawn to the averaged student's at a less noisy one. One DDIM step of
 the teacher, with classifier-free guidance, leads from one to the other; it skips `1000 / solver_timesteps` training
-timesteps. Boundary scalings are those of diffusers' `LCMScheduler`, the loss is pseudo-Huber.
+timesteps (section 4.3). Boundary scalings are those of diffusers' `LCMScheduler`, the loss is pseudo-Huber.
 
 `fewstep distill lcm` does this for any teacher; for the miniature, with the pictures that it was trained on:
 
@@ -244,7 +244,8 @@ def with_guidance_input(teacher: Any) -> Any:
     student: Any = UNet2DConditionModel.from_config(dict(teacher.config), time_cond_proj_dim=GUIDANCE_WIDTH)
     student.load_state_dict(teacher.state_dict(), strict=False)
     nn.init.zeros_(student.time_embedding.cond_proj.weight)
-    student.to(teacher.device).to(memory_format=torch.channels_last)
+    if teacher.device.type == "cuda":
+        student.to(teacher.device).to(memory_format=torch.channels_last)
     return student.train()
 
 

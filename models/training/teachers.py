@@ -126,8 +126,10 @@ class Teacher:
         return width * self.latent_unit, height * self.latent_unit
 
     def load_unet(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """A UNet2DConditionModel of the caller's own, frozen. Raises LoadError."""
-        return self.load("unet", device, dtype)
+        """A UNet2DConditionModel of the caller's own, frozen, in the memory layout that trains fastest on the device.
+        Raises LoadError."""
+        unet = self.load("unet", device, dtype)
+        return unet.to(memory_format=torch.contiguous_format) if device.type == "cpu" else unet
 
     def load_encoders(self, device: torch.device) -> Encoders:
         """In fp32: they are needed once. Raises LoadError."""

@@ -62,9 +62,10 @@ class Compute:
     device: torch.device = CPU
     dtype: torch.dtype = torch.bfloat16
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Trained weights stay in fp32; with `dtype` float32 this does nothing."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        is_half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if is_half else nullcontext()
 
 
 class Trainer:
@@ -294,7 +295,7 @@ class Averages:
             average.copy_(state["averages"][name])
 
 
-def autocast() -> torch.autocast:
+def autocast() -> AbstractContextManager[Any]:
     """bf16 for the forward passes on a CPU."""
     return Compute().autocast()
 

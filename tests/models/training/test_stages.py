@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import LCMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor
 
+from models.training import lcm
 from models.training.mini.autoencoder import (
     PictureSource,
     build_kl,
@@ -18,6 +20,7 @@ from models.training.mini.autoencoder import (
 from models.training.mini.linear_code import LinearCode
 from models.training.mini.pixels import to_tensor
 from models.training.mini.teacher import CaptionedLatents, build_text_encoder, build_unet, train_jointly, warm_up
+from models.training.mini.tokenizer import save_tokenizer
 from models.training.mini.vocabulary import Vocabulary
 from models.training.trainer import LOG, Trainer, TrainSettings
 
@@ -87,6 +90,21 @@ def test_joint_training_learns_and_writes_both_networks(data: CaptionedLatents, 
     assert_lower(tmp_path / "joint", 0.9)
     assert (tmp_path / "unet" / "config.json").exists()
     assert (tmp_path / "text_encoder" / "config.json").exists()
+
+
+def test_the_teacher_is_distilled_by_the_program_for_any_teacher(data: CaptionedLatents, tmp_path: Path) -> None:
+    text_encoder = build_text_encoder(data.tokenizer, hidden=16, layers=1)
+    train_jointly(small_unet(), text_encoder, data, tmp_path / "teacher", settings(20, rate=5e-3))
+    save_tokenizer(data.tokenizer, tmp_path / "teacher" / "tokenizer")
+    data.cache.save(tmp_path / "latents")
+    out = tmp_path / "lcm"
+    lcm.main(tmp_path / "latents", tmp_path / "teacher", out, steps=20, batch_size=8, solver_timesteps=10, emoji=False)
+    assert len(losses(out / lcm.RUN)) == 1
+    lora = load_file(out / "pytorch_lora_weights.safetensors")
+    assert any("lora_B" in name and bool(weight.any()) for name, weight in lora.items())
+    scheduler = LCMScheduler.from_pretrained(out)
+    assert scheduler.config.original_inference_steps == 10
+    assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == ("v_prediction", True)
 
 
 def test_a_resumed_run_equals_an_unbroken_one(data: CaptionedLatents, tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""What a distillation takes of memory, counted on small networks of the real layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.distill_memory import TRAINED_BYTES, estimate, make_student
+from benchmarks.full_size import SD15, SDXL, Architecture, Peak, shrink
+
+SIZE = (128, 128)
+
+
+@pytest.mark.parametrize("architecture", [shrink(SD15), shrink(SDXL)], ids=["sd", "sdxl"])
+@pytest.mark.parametrize("rank", [8, None])
+def test_more_pictures_take_more_and_checkpointing_takes_less(architecture: Architecture, rank: int | None) -> None:
+    one, four, checkpointed = (
+        estimate("small", architecture, SIZE, rank, batch_size, checkpointing)
+        for batch_size, checkpointing in ((1, False), (4, False), (4, True))
+    )
+    assert one.weights == four.weights == checkpointed.weights
+    assert one.step < checkpointed.step < four.step < 4 * one.step
+    assert one.total == one.weights + one.step
+
+
+def test_of_a_lora_only_the_lora_is_trained() -> None:
+    whole, lora = (estimate("small", shrink(SD15), SIZE, rank, 1, False) for rank in (None, 8))
+    num_weights = sum(weight.numel() for weight in make_student(shrink(SD15), None).unet.parameters())
+    assert whole.trained_millions * 1e6 == num_weights
+    assert 0 < lora.trained_millions < whole.trained_millions
+    frozen = lora.weights * 2**30 - lora.trained_millions * 1e6 * TRAINED_BYTES
+    guidance_input = 256 * 32
+    assert frozen == pytest.approx(2 * (num_weights - guidance_input))
+
+
+def test_gradients_are_followed() -> None:
+    weight = torch.empty(1000, device="meta", requires_grad=True)
+    with Peak(is_training=True) as peak:
+        (weight * 2).sum().backward()  # type: ignore[no-untyped-call]
+    assert 4000 < peak.num_bytes < 8100
