@@ -229,7 +229,7 @@ class AddDistiller:
         self.compute = compute or Compute()
         self.unconditional = batches.unconditional.to(self.compute.device)
         torch.manual_seed(train.seed)
-        heads = _build_heads(features, self.unconditional).to(self.compute.device)
+        heads = build_heads(features, self.unconditional).to(self.compute.device)
         self.adversary = Adversary(student, heads, features, diffusion, timesteps, settings, self.compute)
         self.trainer = Trainer(
             nn.ModuleDict({"student": student.unet, "heads": heads}),
@@ -256,7 +256,8 @@ class AddDistiller:
         return loss
 
 
-def _build_heads(features: Features, text: Conditions) -> Heads:
+def build_heads(features: Features, text: Conditions) -> Heads:
+    """For these features and texts of this width."""
     pooled = 0 if text.pooled is None else text.pooled.shape[-1]
     return Heads(features.channels, text.states.shape[-1], pooled)
 

@@ -17,7 +17,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from models.networks import check_weights, explained, settle
+from models.networks import check_weights, explained
 from models.training.diffusion import Diffusion
 from models.training.errors import FeaturesError
 from models.training.fingerprints import file_fingerprints, fingerprint
@@ -199,4 +199,4 @@ def load_classifier(folder: Path, compute: Compute) -> ClassifierFeatures:
     with explained(f"can't load the LatentClassifier of {folder}"):
         network = LatentClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     name = fingerprint(file_fingerprints(folder.glob("*.safetensors")))
-    return ClassifierFeatures(settle(network, compute.device), compute, name)
+    return ClassifierFeatures(network.requires_grad_(False).eval().to(compute.device), compute, name)
