@@ -127,3 +127,124 @@ def lcm(
         name=name,
     )
     distill_lcm(options, rank=None if full else rank, solver_timesteps=solver_timesteps, guidance=guidance)
+
+
+@distill_app.command()
+def turbo(
+    teacher: TeacherArgument,
+    data: DataOption,
+    out: OutOption,
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", min=1, help="Extracts the result as a LoRA of this rank besides.")
+    ] = None,
+    lora_only: Annotated[
+        int | None,
+        typer.Option(metavar="RANK", min=1, help="Trains a LoRA of this rank instead of the whole network."),
+    ] = None,
+    features: Annotated[
+        str,
+        typer.Option(
+            metavar="teacher|FOLDER",
+            help="What the discriminator looks through: the teacher's own encoder, or a frozen LatentClassifier.",
+        ),
+    ] = "teacher",
+    timesteps: Annotated[
+        int, typer.Option(min=1, max=1000, help="Timesteps that the student is trained at; 4 serve 1, 2 and 4 steps.")
+    ] = 4,
+    guidance: Annotated[
+        float, typer.Option(min=1.0, help="Guidance scale of the teacher that is learnt; 1 is none.")
+    ] = 3.0,
+    distillation: Annotated[
+        float, typer.Option(min=0.0, help="Weight of the teacher's opinion beside the discriminator's.")
+    ] = 2.5,
+    r1: Annotated[float, typer.Option(min=0.0, help="Weight of the penalty that keeps the discriminator smooth.")] = (
+        1e-5
+    ),
+    steps: StepsOption = 4000,
+    size: SizeOption = None,
+    batch_size: BatchSizeOption = None,
+    accumulate: AccumulateOption = 1,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-9, help="Learning rate; by default 1e-5, and 1e-4 with --lora-only.")
+    ] = None,
+    heads_rate: Annotated[float, typer.Option(min=1e-9, help="Learning rate of the discriminator.")] = 1e-4,
+    ema_decay: EmaDecayOption = 0.998,
+    caption_dropout: DropoutOption = 0.1,
+    seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
+    save_every: SaveEveryOption = 500,
+    half: Annotated[bool, typer.Option("--fp16/--fp32", help="Precision of the files that are written.")] = True,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    gradient_checkpointing: CheckpointingOption = False,
+    sample: SampleOption = None,
+    pictures: PicturesOption = 10_000,
+    cache: CacheOption = None,
+    name: NameOption = None,
+) -> None:
+    """Distils a Stable Diffusion or SDXL model so that it draws in 1 to 4 steps: adversarial diffusion distillation.
+
+    The result is a whole model without guidance, as SDXL-Turbo is one, or with --lora-only a LoRA. Ctrl-C writes a
+    checkpoint; the same command goes on there. At the end it prints the catalog entry that serves the model.
+
+    Example: fewstep distill turbo ./my-model --data ./pictures --out ./my-turbo --lora 64
+    """
+    from commands.console import hush_libraries
+
+    hush_libraries()
+    from commands.distilling import Options
+    from commands.turbo import TurboOptions, distill_turbo
+    from models.training.add import AddSettings
+
+    options = Options(
+        teacher=teacher,
+        data=data,
+        out=out,
+        steps=steps,
+        size=size,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        rate=rate,
+        ema_decay=ema_decay,
+        caption_dropout=caption_dropout,
+        seed=seed,
+        save_every=save_every,
+        device=device,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        prompts=tuple(sample or ()),
+        num_painted=pictures,
+        cache=cache,
+        name=name,
+    )
+    settings = AddSettings(timesteps, distillation, guidance, r1, heads_rate)
+    distill_turbo(options, TurboOptions(features, lora, lora_only, half), settings)
+
+
+Weights = Annotated[str, typer.Argument(help="A folder of diffusers, a UNet's folder, or an entry of the catalog.")]
+
+
+@distill_app.command()
+def extract(
+    base: Weights,
+    tuned: Weights,
+    out: Annotated[Path, typer.Option(help="Folder for the LoRA.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Its rank; 64 if neither this nor --keep is given.")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1.0, help="Share of the difference to keep: takes the smallest rank that does."),
+    ] = None,
+    half: Annotated[bool, typer.Option("--fp16/--fp32", help="Precision of the file.")] = True,
+    device: DeviceOption = None,
+) -> None:
+    """Extracts what TUNED has beyond BASE as a LoRA: any two models of one architecture, such as SDXL and SDXL-Turbo.
+
+    Says how much of the difference the LoRA holds.
+
+    Example: fewstep distill extract ./sdxl-base ./sdxl-turbo --rank 64 --out ./turbo-lora
+    """
+    from commands.console import hush_libraries
+
+    hush_libraries()
+    from commands.turbo import extract_lora
+
+    extract_lora(base, tuned, out, rank, keep, half, device)

@@ -67,7 +67,7 @@ class Session:
     def __init__(self, options: Options) -> None:
         self.options = options
         settings = WorkerSettings.load()
-        self.compute = _choose_compute(options)
+        self.compute = choose_compute(options.device, options.dtype)
         self.teacher = open_teacher(options.teacher, load_catalog(settings.catalog, settings.extra_catalog))
         self.size = _parse_size(options.size, self.teacher)
         self.batch_size = options.batch_size or BATCH_SIZES[self.teacher.layout]
@@ -118,9 +118,14 @@ class Session:
             "dtype": _name_of(self.compute.dtype),
         }
 
+    @property
+    def name(self) -> str:
+        """What the catalog calls the result."""
+        return self.options.name or self.options.out.resolve().name
+
     def announce(self, entry: dict[str, Any]) -> None:
         """Write the entry beside the model, print it, and say how to serve it."""
-        out, name = self.options.out, self.options.name or self.options.out.resolve().name
+        out, name = self.options.out, self.name
         path = save_table(name, entry, out)
         say(f"\n{path.read_text(encoding='utf-8')}")
         say(f"{out} is ready. To serve it, with this entry from {path}:", "bold green")
@@ -129,14 +134,14 @@ class Session:
 
 def distill_lcm(options: Options, rank: int | None, solver_timesteps: int, guidance: tuple[float, float]) -> None:
     """`rank` of the LoRA; None for a whole network."""
-    with told(options, rank):
+    with told(options, "leave --full out" if rank is None else f"lower --rank ({rank} now)"):
         _check_guidance(guidance)
         session = Session(options)
         teacher, compute = session.teacher, session.compute
         scheduler = teacher.build_scheduler(LCMScheduler, original_inference_steps=solver_timesteps)
         encoders = teacher.load_encoders(compute.device)
         batches = session.load_batches(encoders)
-        sheet = _make_sheet(session, encoders, scheduler, 0.0 if rank else sum(guidance) / 2)
+        sheet = make_sheet(session, encoders, scheduler, 0.0 if rank else sum(guidance) / 2)
         del encoders
         student = _make_student(session, rank)
         distiller = Distiller(
@@ -160,7 +165,7 @@ def distill_lcm(options: Options, rank: int | None, solver_timesteps: int, guida
         session.announce(_entry_of(session, student, solver_timesteps, guidance))
 
 
-def _make_sheet(session: Session, encoders: Encoders, scheduler: Any, guidance_scale: float) -> SampleSheet | None:
+def make_sheet(session: Session, encoders: Encoders, scheduler: Any, guidance_scale: float) -> SampleSheet | None:
     prompts = session.options.prompts
     return SampleSheet(prompts, encoders, session.size, scheduler, guidance_scale) if prompts else None
 
@@ -200,8 +205,8 @@ def _entry_of(
 
 
 @contextmanager
-def told(options: Options, rank: int | None) -> Iterator[None]:
-    """Whatever ends a distillation early is one line."""
+def told(options: Options, last_way: str) -> Iterator[None]:
+    """Whatever ends a distillation early is one line. `last_way` is what else needs less memory."""
     try:
         with one_line_errors():
             yield
@@ -211,29 +216,30 @@ def told(options: Options, rank: int | None) -> Iterator[None]:
         say(f"{stop}. The same command goes on there.", "bold yellow")
         raise typer.Exit(130) from stop
     except (torch.OutOfMemoryError, MemoryError):
-        _fail_for_memory(options, rank)
+        _fail_for_memory(options, last_way)
     except RuntimeError as error:
         if OUT_OF_MEMORY not in str(error):
             raise
-        _fail_for_memory(options, rank)
+        _fail_for_memory(options, last_way)
 
 
-def _fail_for_memory(options: Options, rank: int | None) -> NoReturn:
+def _fail_for_memory(options: Options, last_way: str) -> NoReturn:
     """Names what can be lowered, the cheapest first."""
     ways = [] if options.gradient_checkpointing else ["add --gradient-checkpointing"]
     ways.append(f"lower --batch-size ({options.batch_size or 'its default'} now; --accumulate makes up for it)")
     ways.append(f"lower --size ({options.size or 'the teacher’s own'} now)")
-    ways.append("leave --full out" if rank is None else f"lower --rank ({rank} now)")
+    ways.append(last_way)
     fail(f"there is too little memory for this training: {', or '.join(ways)}", status=1)
 
 
-def _choose_compute(options: Options) -> Compute:
+def choose_compute(device_name: str | None, dtype: str | None = None) -> Compute:
+    """Raises TrainingError for a device that isn't there."""
     try:
-        device = torch.device(options.device) if options.device else default_device()
+        device = torch.device(device_name) if device_name else default_device()
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TrainingError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
-    return Compute(device, getattr(torch, options.dtype) if options.dtype else _best_dtype(device))
+        raise TrainingError(f"--device {device_name}: {str(error).splitlines()[0]}") from error
+    return Compute(device, getattr(torch, dtype) if dtype else _best_dtype(device))
 
 
 def _best_dtype(device: torch.device) -> torch.dtype:

@@ -180,7 +180,10 @@ def test_too_little_memory_says_what_to_lower(root: Path, tmp_path: Path, capsys
 
 
 def test_a_gpus_memory_too(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit), told(options(root, tmp_path, gradient_checkpointing=True, size="512"), None):
+    with (
+        pytest.raises(typer.Exit),
+        told(options(root, tmp_path, gradient_checkpointing=True, size="512"), "leave --full out"),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     line = capsys.readouterr().err.splitlines()[-1]
     assert "lower --size (512 now), or leave --full out" in line

@@ -61,6 +61,32 @@ def full_lcm_entry(
     }
 
 
+def turbo_entry(teacher: Teacher, size: Size, folder: Path, num_steps: int) -> dict[str, Any]:
+    """A whole Turbo model, of up to as many steps as it was distilled at."""
+    description = f"a Turbo model distilled from {teacher.name}"
+    networks = {"source": str(folder.resolve())}
+    return {**base_entry(teacher, size, description, networks), **_turbo_rules(num_steps)}
+
+
+def turbo_lora_entry(teacher: Teacher, size: Size, lora: Path, num_steps: int) -> dict[str, Any]:
+    """The teacher with a Turbo LoRA."""
+    description = f"{teacher.name} with a Turbo LoRA"
+    base = base_entry(teacher, size, description, teacher.serving_keys)
+    return {**base, "lora": {"source": str(lora.resolve())}, **_turbo_rules(num_steps)}
+
+
+def _turbo_rules(num_steps: int) -> dict[str, Any]:
+    """Its steps are among those that it was distilled at."""
+    euler = {"class_name": "EulerAncestralDiscreteScheduler", "config": {"timestep_spacing": "trailing"}}
+    return {
+        "num_inference_steps": {"default": min(4, num_steps), "min": 1, "max": num_steps},
+        "guidance": "none",
+        "guidance_scale": {"default": 0.0, "min": 0.0, "max": 0.0},
+        "default_scheduler": "euler-ancestral",
+        "schedulers": {"euler-ancestral": euler},
+    }
+
+
 def lcm_schedulers(solver_timesteps: int) -> dict[str, Any]:
     """An LCM's, whose steps are among those that it was distilled with."""
     lcm = {"class_name": "LCMScheduler", "config": {"original_inference_steps": solver_timesteps}}

@@ -9,6 +9,8 @@ class TrainingError(Exception):
         TrainingError
         ├── TeacherError      what is given as the teacher isn't one
         ├── PicturesError     a folder of pictures that nothing can be learnt from
+        ├── FeaturesError     what is given to look at pictures through can't do that
+        ├── ExtractError      two networks between which no LoRA lies
         ├── CheckpointError   a checkpoint of another run
         └── Diverged          the loss is no number any more
 
@@ -22,6 +24,14 @@ class TeacherError(TrainingError):
 
 class PicturesError(TrainingError):
     """The folder or the file, and what is expected there."""
+
+
+class FeaturesError(TrainingError):
+    """The folder, and what is needed there."""
+
+
+class ExtractError(TrainingError):
+    """The folders, and the first layer in which they differ."""
 
 
 class CheckpointError(TrainingError):

@@ -72,8 +72,10 @@ class Trainer:
     """Trains what requires gradients in one module, on the device where it is.
 
     Everything that decides the next step is in its checkpoint, random states included; frozen weights are not, nor are
-    they averaged: of a network with a LoRA only the LoRA. `identity` is what else a checkpoint must have been made
-    with, such as the data's fingerprint. Raises CheckpointError where `out` holds the checkpoint of another run.
+    they averaged: of a network with a LoRA only the LoRA. `groups` are AdamW's; one with a norm `clip` of its own is
+    clipped apart from the others. `identity` is what else a checkpoint must have been made with, such as the data's
+    fingerprint. What `loss_of` puts into `parts` is logged beside the loss. Raises CheckpointError where `out` holds
+    the checkpoint of another run.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Trainer:
         self.out = out
         self.settings = settings
         self.step = 0
+        self.parts: dict[str, Tensor] = {}
         self.rng = random.Random(settings.seed)
         torch.manual_seed(settings.seed)
         self.trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -152,12 +155,20 @@ class Trainer:
             loss = loss_of(self.step) / self.settings.accumulate
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.trainable.values(), self.settings.clip)
+        self._clip()
         self.optimizer.step()
         self.schedule.step()
         self.averages.update()
         self.step += 1
         return total
+
+    def _clip(self) -> None:
+        groups = self.optimizer.param_groups
+        for group in groups:
+            if "clip" in group:
+                torch.nn.utils.clip_grad_norm_(group["params"], group["clip"])
+        others = [weight for group in groups if "clip" not in group for weight in group["params"]]
+        torch.nn.utils.clip_grad_norm_(others, self.settings.clip)
 
     def _log(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -167,8 +178,9 @@ class Trainer:
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             if fresh:
-                writer.writerow(("step", "loss", "rate"))
-            writer.writerow((self.step, f"{loss:.6f}", f"{self.schedule.get_last_lr()[0]:.3e}"))
+                writer.writerow(("step", "loss", "rate", *self.parts))
+            parts = (f"{float(part):.6f}" for part in self.parts.values())
+            writer.writerow((self.step, f"{loss:.6f}", f"{self.schedule.get_last_lr()[0]:.3e}", *parts))
 
     @contextmanager
     def _stops_between_steps(self) -> Iterator[None]:

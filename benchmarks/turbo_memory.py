@@ -1,0 +1,114 @@
+"""What adversarial distillation takes of a GPU's memory, counted on the real architectures without any GPU.
+
+    python -m benchmarks.turbo_memory            # some minutes
+
+As `benchmarks.distill_memory` counts latent consistency distillation: *weights* with the heads', their averages and
+moments among them, and *step* with everything that student, frozen features and heads keep for their backward passes.
+Features are the teacher's own encoder, and compute in bfloat16; the heads compute in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import diffusers
+import torch
+
+from benchmarks.diffusers_loop import hush_libraries
+from benchmarks.distill_memory import (
+    ARCHITECTURES,
+    RANK,
+    TRAINED_BYTES,
+    Autocast,
+    Memory,
+    checkpoint_with_autocast,
+    make_conditions,
+)
+from benchmarks.full_size import Architecture, Peak
+from benchmarks.machine import REPOSITORY
+from benchmarks.memory import META
+from benchmarks.report import print_table, write_report
+from models.catalog import Size
+from models.training.add import AddSettings, Adversary, Student, WholeStudent, build_heads
+from models.training.diffusion import Diffusion, build_scheduler
+from models.training.features import TeacherFeatures
+from models.training.lcm import LoraStudent
+from models.training.pictures import Batch
+from models.training.trainer import Compute
+
+BATCH_SIZES = (1, 4)
+TIMESTEPS = (999, 749, 499, 249)
+
+
+@dataclass(frozen=True)
+class PlayedCompute(Compute):
+    """bfloat16 on the meta device, where networks say so."""
+
+    device: torch.device = META
+
+    def autocast(self) -> Autocast:
+        return Autocast()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
+    parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-turbo-memory.json")
+    options = parser.parse_args()
+    hush_libraries()
+    cases = product(ARCHITECTURES, (RANK, None), options.batch_sizes, (False, True))
+    rows = [estimate(name, *ARCHITECTURES[name], *case) for name, *case in cases]
+    print_table(rows)
+    write_report(options.json, vars(options), {"distillation": rows})
+
+
+def estimate(
+    name: str, architecture: Architecture, size: Size, rank: int | None, batch_size: int, checkpointing: bool
+) -> Memory:
+    """`rank` of a LoRA; None for a whole network."""
+    with torch.device(META):
+        adversary = make_adversary(architecture, rank)
+    student = adversary.student
+    with student.teacher() as teacher:
+        networks = (student.unet, teacher, adversary.heads)
+        if checkpointing:
+            for unet in (student.unet, teacher):
+                unet.enable_gradient_checkpointing(checkpoint_with_autocast)
+        everything = {id(weight): weight for network in networks for weight in network.parameters()}.values()
+    trained = sum(weight.numel() for weight in everything if weight.requires_grad)
+    frozen = sum(weight.numel() * weight.element_size() for weight in everything if not weight.requires_grad)
+    weights = (frozen + trained * TRAINED_BYTES) / 2**30
+    step = measure_step(adversary, architecture, size, batch_size)
+    kind = "whole" if rank is None else f"LoRA, rank {rank}"
+    return Memory(name, kind, batch_size, checkpointing, trained / 1e6, weights, step, weights + step)
+
+
+def make_adversary(architecture: Architecture, rank: int | None) -> Adversary:
+    """Of meta tensors."""
+    unet = diffusers.UNet2DConditionModel(**architecture.unet).requires_grad_(False)
+    student: Student = (
+        WholeStudent(unet, torch.bfloat16) if rank is None else LoraStudent(unet.to(torch.bfloat16), rank)
+    )
+    diffusion, compute = Diffusion(build_scheduler(), META), PlayedCompute()
+    with student.teacher() as teacher:
+        features = TeacherFeatures(teacher, diffusion, compute)
+    heads = build_heads(features, make_conditions(architecture, 1))
+    return Adversary(student, heads, features, diffusion, TIMESTEPS, AddSettings(), compute)
+
+
+def measure_step(adversary: Adversary, architecture: Architecture, size: Size, batch_size: int) -> float:
+    """GiB: as models.training.add.AddDistiller takes it."""
+    width, height = (side // 8 for side in size)
+    latents = torch.empty(batch_size, 4, height, width, device=META)
+    batch = Batch(latents, make_conditions(architecture, batch_size))
+    with Peak(is_training=True) as peak:
+        loss, _ = adversary.loss(batch, make_conditions(architecture, 1))
+        loss.backward()  # type: ignore[no-untyped-call]
+    return peak.num_bytes / 2**30
+
+
+if __name__ == "__main__":
+    main()

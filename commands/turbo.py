@@ -1,0 +1,177 @@
+"""fewstep distill turbo, and the extraction of LoRAs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+from commands.console import fail, format_bytes, one_line_errors, say
+from commands.distilling import Options, Session, choose_compute, make_sheet, told
+from models.catalog import load_catalog
+from models.loading import LoadError
+from models.sources import SourceError, locate
+from models.training.add import (
+    AddDistiller,
+    AddSettings,
+    Student,
+    WholeStudent,
+    build_scheduler,
+    student_timesteps,
+)
+from models.training.entries import save_table, turbo_entry, turbo_lora_entry
+from models.training.errors import ExtractError, TrainingError
+from models.training.exporting import copy_unet, save_pipeline
+from models.training.extract import Extract, Weights, extract
+from models.training.features import TEACHER, Features, TeacherFeatures, load_classifier
+from models.training.lcm import RUN, LoraStudent, save_lora
+from workers.settings import WorkerSettings
+
+LORA_RATE, WHOLE_RATE = 1e-4, 1e-5
+LORA = "lora"  # the folder in OUT of what was extracted
+USUAL_RANK = 64
+
+
+@dataclass(frozen=True)
+class TurboOptions:
+    """What only this distillation is told: `lora` is the rank of what is extracted, `lora_only` of what is trained."""
+
+    features: str
+    lora: int | None
+    lora_only: int | None
+    half: bool
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        return torch.float16 if self.half else torch.float32
+
+
+def distill_turbo(options: Options, own: TurboOptions, settings: AddSettings) -> None:
+    """From a teacher to a Turbo model on disk."""
+    rank = own.lora_only
+    with told(options, "give --lora-only" if rank is None else f"lower --lora-only ({rank} now)"):
+        if own.lora and rank:
+            raise TrainingError(f"--lora {own.lora} and --lora-only {rank}: what is trained as a LoRA is one already")
+        session = Session(options)
+        teacher, compute = session.teacher, session.compute
+        scheduler = build_scheduler(teacher)
+        encoders = teacher.load_encoders(compute.device)
+        batches = session.load_batches(encoders)
+        sheet = make_sheet(session, encoders, scheduler, 0.0)
+        del encoders
+        student = _make_student(session, own)
+        distiller = AddDistiller(
+            student,
+            _make_features(session, student, own.features),
+            teacher.build_diffusion(compute.device),
+            student_timesteps(scheduler, settings.student_timesteps),
+            batches,
+            options.out,
+            session.train_settings(WHOLE_RATE if rank is None else LORA_RATE),
+            settings,
+            compute,
+            {**session.identity, "lora_only": rank},
+        )
+
+        def save() -> None:
+            _save(session, student, scheduler, own)
+            if sheet is not None:
+                step = distiller.trainer.step
+                sheet.save(student.unet, compute, options.out / RUN / "samples" / f"step-{step:06}.png")
+
+        distiller.distill(save)
+        if own.lora:
+            with distiller.trainer.averaged_weights():
+                _extract_student(session, student, scheduler, own, settings.student_timesteps)
+        make_entry = turbo_entry if rank is None else turbo_lora_entry
+        session.announce(make_entry(teacher, session.size, options.out, settings.student_timesteps))
+
+
+def _make_student(session: Session, own: TurboOptions) -> Student:
+    teacher, device = session.teacher, session.compute.device
+    torch.manual_seed(session.options.seed)
+    student: Student
+    if own.lora_only is not None:
+        student = LoraStudent(teacher.load_unet(device, session.weights_dtype), own.lora_only)
+    else:
+        student = WholeStudent(teacher.load_unet(device, torch.float32), session.weights_dtype)
+    if session.options.gradient_checkpointing:
+        student.unet.enable_gradient_checkpointing()
+        with student.teacher() as frozen:
+            frozen.enable_gradient_checkpointing()
+    num_trained = sum(weight.numel() for weight in student.unet.parameters() if weight.requires_grad)
+    what = "a whole network" if own.lora_only is None else f"a LoRA of rank {own.lora_only}"
+    say(f"student: {what}, {num_trained:,} weights to train")
+    return student
+
+
+def _make_features(session: Session, student: Student, chosen: str) -> Features:
+    compute = session.compute
+    if chosen == TEACHER:
+        with student.teacher() as frozen:
+            return TeacherFeatures(frozen, session.teacher.build_diffusion(compute.device), compute)
+    return load_classifier(Path(chosen), compute)
+
+
+def _save(session: Session, student: Student, scheduler: Any, own: TurboOptions) -> None:
+    out, dtype = session.options.out, own.saved_dtype
+    if own.lora_only:
+        save_lora(student.unet, out, dtype)
+        scheduler.save_pretrained(out)
+    else:
+        save_pipeline(session.teacher.build_pipeline(copy_unet(student.unet, dtype), scheduler, dtype), out)
+
+
+def _extract_student(session: Session, student: Student, scheduler: Any, own: TurboOptions, num_steps: int) -> None:
+    """A LoRA beside the whole model, with a catalog entry of its own."""
+    teacher, folder, name = session.teacher, session.options.out / LORA, f"{session.name}-lora"
+    _, unet_folder = teacher.networks["unet"]
+    base = Weights.of_folder(unet_folder, teacher.variant)
+    tuned = Weights.of_network(student.unet, "the student")
+    _write(extract(base, tuned, own.lora, device=session.compute.device), folder, own.saved_dtype)
+    scheduler.save_pretrained(folder)
+    save_table(name, turbo_lora_entry(teacher, session.size, folder, num_steps), folder)
+
+
+def extract_lora(
+    base: str, tuned: str, out: Path, rank: int | None, keep: float | None, half: bool, device: str | None
+) -> None:
+    """Of any two models of one architecture."""
+    try:
+        with one_line_errors():
+            if rank and keep:
+                raise ExtractError(f"--rank {rank} and --keep {keep:g}: one of them says the other")
+            chosen = USUAL_RANK if rank is None and keep is None else rank
+            target = choose_compute(device).device
+            made = extract(_open(base), _open(tuned), chosen, keep, target)
+            _write(made, out, torch.float16 if half else torch.float32)
+    except (TrainingError, LoadError, SourceError) as error:
+        fail(str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        fail("there is too little memory for the largest layer: give --device cpu", status=1)
+
+
+def _open(name: str) -> Weights:
+    """Of an entry of the catalog, or of a folder."""
+    settings = WorkerSettings.load()
+    catalog = load_catalog(settings.catalog, settings.extra_catalog)
+    if name not in catalog:
+        return Weights.of_folder(Path(name))
+    spec = catalog[name]
+    if spec.is_single_file and not spec.unet:
+        raise ExtractError(f"{name} is a single file: a folder that diffusers wrote is needed")
+    return Weights.of_folder(locate(spec, "unet" if spec.unet else "source").path, spec.variant)
+
+
+def _write(made: Extract, folder: Path, dtype: torch.dtype) -> None:
+    made.save(folder, dtype)
+    path = folder / LORA_WEIGHT_NAME_SAFE
+    say(
+        f"{path}: rank {made.rank}, {len(made.layers)} layers, {format_bytes(path.stat().st_size)}; "
+        f"it holds {made.kept:.1%} of what the layers differ in"
+    )
+    if made.left_out > 0:
+        say(f"{made.left_out:.1%} of all difference is in biases and norms, where a LoRA has no place")
