@@ -208,7 +208,7 @@ class GatewayServer(uvicorn.Server):
 
     def handle_hangup(self) -> None:
         if self.has_hung_up():
-            signal.raise_signal(signal.SIGTERM)
+            self.should_exit = True
         else:
             cast(FastAPI, self.config.app).state.catalog.reload()
 
@@ -253,7 +253,7 @@ def run(settings: GatewaySettings, has_hung_up: Callable[[], bool]) -> None:
     configure_logging(settings)
     server = make_server(settings)
     server.has_hung_up = has_hung_up
-    signal.signal(signal.SIGHUP, lambda *_: server.handle_hangup())  # it may wait for Redis for long
+    signal.signal(signal.SIGHUP, lambda *_: _heed_hangup(server))  # it may wait for Redis for long
     listener = bind(settings)
     asyncio.run(check_redis(settings))
     prepare_process(settings.max_connections)
@@ -261,6 +261,13 @@ def run(settings: GatewaySettings, has_hung_up: Callable[[], bool]) -> None:
         host, port = listener.getsockname()[:2]
         log.info("the gateway serves http://%s:%d", f"[{host}]" if ":" in host else host, port)
         server.run(sockets=[listener])
+
+
+def _heed_hangup(server: GatewayServer) -> None:
+    """Before the server has a loop of its own to hear it."""
+    if server.has_hung_up():
+        raise KeyboardInterrupt
+    server.handle_hangup()
 
 
 def bind(settings: GatewaySettings) -> socket.socket:
