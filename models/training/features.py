@@ -198,5 +198,10 @@ def load_classifier(folder: Path, compute: Compute) -> ClassifierFeatures:
     check_weights(folder)
     with explained(f"can't load the LatentClassifier of {folder}"):
         network = LatentClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    if network.config.in_channels != LATENT_CHANNELS:
+        channels = network.config.in_channels
+        raise FeaturesError(
+            f"--features {folder}: its LatentClassifier takes {channels} channels, not {LATENT_CHANNELS}"
+        )
     name = fingerprint(file_fingerprints(folder.glob("*.safetensors")))
     return ClassifierFeatures(network.requires_grad_(False).eval().to(compute.device), compute, name)

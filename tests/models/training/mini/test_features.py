@@ -95,6 +95,9 @@ def test_what_is_no_classifier_is_refused(shapes: Vocabulary, tmp_path: Path) ->
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(FeaturesError, match="a LatentClassifier is needed there, it has AutoencoderKL"):
         load_classifier(tmp_path, EXACT)
+    LatentClassifier(2, 2, in_channels=16, channels=(16,)).save_pretrained(tmp_path)
+    with pytest.raises(FeaturesError, match="takes 16 channels, not 4"):
+        load_classifier(tmp_path, EXACT)
     small_classifier(shapes).save_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
     with pytest.raises(LoadError, match="is not a sound safetensors file"):
