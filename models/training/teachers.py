@@ -259,7 +259,8 @@ def open_teacher(name: str, catalog: Mapping[str, ModelSpec]) -> Teacher:
     folder = local_path(name)
     if folder is None or not folder.is_dir():
         raise TeacherError(f"{name}: there is no such folder, and the catalog has only {', '.join(sorted(catalog))}")
-    return _open(name, folder, {}, {"source": str(folder.resolve())})
+    source = name if name.startswith("bundled:") else str(folder.resolve())
+    return _open(name, folder, {}, {"source": source})
 
 
 def _open_entry(spec: ModelSpec) -> Teacher:

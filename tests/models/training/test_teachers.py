@@ -121,6 +121,12 @@ def test_weights_in_half_precision_only_are_read_and_served_so(root: Path, own_f
     assert teacher.serving_keys == {"variant": "fp16", "source": str(own_folder)}
 
 
+def test_the_bundled_miniature_is_a_teacher_wherever_it_is_installed() -> None:
+    teacher = open_teacher("bundled:mini-sd", {})
+    assert (teacher.layout, teacher.default_size) == ("sd", (64, 64))
+    assert teacher.serving_keys == {"variant": "fp16", "source": "bundled:mini-sd"}
+
+
 def test_a_fingerprint_is_of_weights_and_not_of_places(root: Path, own_folder: Path) -> None:
     teacher, copy = make_teacher(root, "sd"), open_teacher(str(own_folder), {})
     assert teacher.fingerprint_of("unet", "vae") == copy.fingerprint_of("unet", "vae")
