@@ -197,14 +197,7 @@ class Distiller:
 
     def distill(self, on_save: Callable[[], None]) -> None:
         """Train to the end of the plan; at each checkpoint `on_save` finds the averaged weights in the student."""
-
-        def save() -> None:
-            with self.trainer.averaged_weights():
-                on_save()
-
-        if self.trainer.is_done:
-            save()
-        self.trainer.fit(self.loss, save)
+        self.trainer.fit(self.loss, on_save)
 
     def loss(self, _step: int) -> Tensor:
         batch = self.batches.draw(self.trainer.rng).to(self.compute.device)

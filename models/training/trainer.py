@@ -131,9 +131,12 @@ class Trainer:
     def fit(self, loss_of: LossFunction, on_save: Callback | None = None, until: int | None = None) -> None:
         """Train from the current step up to the plan's end (or `until`); `loss_of` gets the step's number.
 
-        Whatever random numbers `on_save` draws, the training goes on as without it. Raises Diverged, and Interrupted
+        At each checkpoint, and where nothing is left to train, `on_save` finds the averaged weights in the model.
+        Whatever random numbers it draws, the training goes on as without it. Raises Diverged, and Interrupted
         after Ctrl-C.
         """
+        if self.is_done:
+            self._show(on_save)
         end = min(self.settings.steps, until or self.settings.steps)
         bar = tqdm(total=end, initial=self.step, desc=self.out.name, mininterval=2.0)
         with _fast_attention(self.device), self._stops_between_steps(), bar:
@@ -144,7 +147,8 @@ class Trainer:
                     bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
                     self._log(float(loss))
                 if self.step % self.settings.save_every == 0 or self.step == end or self._is_stopping:
-                    self._save(on_save)
+                    self.save()
+                    self._show(on_save)
                 if self._is_stopping:
                     raise Interrupted(self.step, self.settings.steps)
 
@@ -200,10 +204,9 @@ class Trainer:
         finally:
             signal.signal(signal.SIGINT, former)
 
-    def _save(self, on_save: Callback | None) -> None:
-        self.save()
+    def _show(self, on_save: Callback | None) -> None:
         if on_save is not None:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with self.averaged_weights(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 on_save()
 
     def save(self) -> None:

@@ -89,8 +89,7 @@ class ClassifierTraining:
         return _loss(things.float().cpu(), backgrounds.float().cpu(), Labels.of(scenes, self.vocabulary))
 
     def save(self) -> None:
-        with self.trainer.averaged_weights():
-            self.network.save_pretrained(self.out)
+        self.network.save_pretrained(self.out)
 
 
 def _mirrored(latents: Tensor) -> Tensor:

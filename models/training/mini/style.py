@@ -47,8 +47,7 @@ class StyleTraining:
         self.trainer.fit(self.loss, on_save=self.save)
 
     def save(self) -> None:
-        with self.trainer.averaged_weights():
-            save_lora(self.unet, self.out)
+        save_lora(self.unet, self.out)
 
     def loss(self, step: int) -> Tensor:
         batch = self.batches.draw(self.trainer.rng)

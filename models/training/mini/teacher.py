@@ -127,11 +127,7 @@ def train_jointly(
             output = call_unet(networks.unet, noisy, timesteps, networks.encode(tokens))
         return F.mse_loss(output, diffusion.target(latents, noise, timesteps))
 
-    def save_average() -> None:
-        with trainer.averaged_weights():
-            save()
-
-    trainer.fit(loss_of, save_average)
+    trainer.fit(loss_of, save)
     trainer.keep_average()
 
 
