@@ -13,7 +13,7 @@ context and the libraries' workspaces, usually one to two GiB.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
@@ -59,10 +59,11 @@ class Memory:
     total: float
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-distill-memory.json")
+def run(description: str | None, name: str, batch_sizes: Sequence[int], estimate: Callable[..., Memory]) -> None:
+    """The program of one kind of distillation: a table over architectures, students, batches, and checkpointing."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=batch_sizes)
+    parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / f"benchmark-{name}.json")
     options = parser.parse_args()
     hush_libraries()
     cases = product(ARCHITECTURES, (RANK, None), options.batch_sizes, (False, True))
@@ -169,4 +170,4 @@ class _FusedAttention(torch.autograd.Function):
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "distill-memory", BATCH_SIZES, estimate)

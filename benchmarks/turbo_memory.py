@@ -9,28 +9,21 @@ Features are the teacher's own encoder, and compute in bfloat16; the heads compu
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from itertools import product
-from pathlib import Path
 
 import diffusers
 import torch
 
-from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.distill_memory import (
-    ARCHITECTURES,
-    RANK,
     TRAINED_BYTES,
     Autocast,
     Memory,
     checkpoint_with_autocast,
     make_conditions,
+    run,
 )
 from benchmarks.full_size import Architecture, Peak
-from benchmarks.machine import REPOSITORY
 from benchmarks.memory import META
-from benchmarks.report import print_table, write_report
 from models.catalog import Size
 from models.training.add import AddSettings, Adversary, Student, WholeStudent, build_heads
 from models.training.diffusion import Diffusion, build_scheduler
@@ -51,18 +44,6 @@ class PlayedCompute(Compute):
 
     def autocast(self) -> Autocast:
         return Autocast()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
-    parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-turbo-memory.json")
-    options = parser.parse_args()
-    hush_libraries()
-    cases = product(ARCHITECTURES, (RANK, None), options.batch_sizes, (False, True))
-    rows = [estimate(name, *ARCHITECTURES[name], *case) for name, *case in cases]
-    print_table(rows)
-    write_report(options.json, vars(options), {"distillation": rows})
 
 
 def estimate(
@@ -111,4 +92,4 @@ def measure_step(adversary: Adversary, architecture: Architecture, size: Size, b
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "turbo-memory", BATCH_SIZES, estimate)

@@ -180,10 +180,14 @@ def _make_student(session: Session, rank: int | None) -> LoraStudent | FullStude
         student = FullStudent(teacher.load_unet(device, torch.float32), session.weights_dtype)
     if session.options.gradient_checkpointing:
         student.unet.enable_gradient_checkpointing()
-    num_trained = sum(weight.numel() for weight in student.unet.parameters() if weight.requires_grad)
+    say_student(student.unet, rank)
+    return student
+
+
+def say_student(unet: Any, rank: int | None) -> None:
+    num_trained = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
     what = "a whole network" if rank is None else f"a LoRA of rank {rank}"
     say(f"student: {what}, {num_trained:,} weights to train")
-    return student
 
 
 def _save(session: Session, student: LoraStudent | FullStudent, scheduler: Any) -> None:

@@ -31,7 +31,7 @@ def mini(
     ] = None,
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of all steps and pictures: less to try it.")] = 1.0,
 ) -> None:
-    """Trains the miniatures, stage by stage: autoencoder, latents, teacher, lcm, teacher-xl, lcm-full, styles, export.
+    """Trains the miniatures, stage by stage: see models/training/mini/recipe.py.
 
     It takes many hours of two CPU cores. Ctrl-C writes a checkpoint; the same command goes on there. Emoji need the
     font of Debian's package fonts-noto-color-emoji; without it only shapes are drawn, which don't ship.

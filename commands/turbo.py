@@ -10,7 +10,7 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from commands.console import fail, format_bytes, one_line_errors, say
-from commands.distilling import Options, Session, choose_compute, make_sheet, told
+from commands.distilling import Options, Session, choose_compute, make_sheet, say_student, told
 from models.catalog import load_catalog
 from models.loading import LoadError
 from models.sources import SourceError, locate
@@ -102,9 +102,7 @@ def _make_student(session: Session, own: TurboOptions) -> Student:
         student.unet.enable_gradient_checkpointing()
         with student.teacher() as frozen:
             frozen.enable_gradient_checkpointing()
-    num_trained = sum(weight.numel() for weight in student.unet.parameters() if weight.requires_grad)
-    what = "a whole network" if own.lora_only is None else f"a LoRA of rank {own.lora_only}"
-    say(f"student: {what}, {num_trained:,} weights to train")
+    say_student(student.unet, own.lora_only)
     return student
 
 

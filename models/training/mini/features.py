@@ -2,8 +2,6 @@
 
 What it sees on the way is what a discriminator of adversarial distillation looks through (`fewstep distill turbo
 --features`): of 16x16 latents a few small maps, at a fraction of a UNet's cost.
-
-    python -m models.training.mini.features --latents runs/latents --out runs/features
 """
 
 from __future__ import annotations
@@ -11,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor
 
 from models.training.features import LatentClassifier
@@ -23,7 +19,7 @@ from models.training.fingerprints import tensor_fingerprint
 from models.training.lcm import RUN
 from models.training.mini.dataset import Scene
 from models.training.mini.latents import LatentCache
-from models.training.mini.vocabulary import Vocabulary, load_vocabulary
+from models.training.mini.vocabulary import Vocabulary
 from models.training.trainer import Compute, Trainer, TrainSettings
 
 HELD_OUT_SHARE = 0.02
@@ -124,35 +120,16 @@ def measure(
     return Accuracy(sum(hits) / len(hits), float(told.float().mean()))
 
 
+def train_classifier(cache: LatentCache, vocabulary: Vocabulary, out: Path, settings: TrainSettings) -> Accuracy:
+    """Train a classifier and measure it on pictures that it never saw; continues where an interrupted run stopped."""
+    seen, held_out = split(cache)
+    torch.manual_seed(settings.seed)
+    training = ClassifierTraining(build_classifier(vocabulary), seen, vocabulary, out, settings)
+    training.train()
+    return measure(training.trainer.keep_average(), held_out, vocabulary)
+
+
 def split(cache: LatentCache, share: float = HELD_OUT_SHARE) -> tuple[LatentCache, LatentCache]:
     """What to learn from, and the last `share`, to measure on."""
     end = len(cache.scenes) - max(1, round(share * len(cache.scenes)))
     return LatentCache(cache.latents[:end], cache.scenes[:end]), LatentCache(cache.latents[end:], cache.scenes[end:])
-
-
-def main(
-    latents: Annotated[Path, typer.Option(help="Folder that the latents stage wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for the classifier, its checkpoint and its log.")],
-    steps: int = 3000,
-    rate: float = 1e-3,
-    batch_size: int = 64,
-    emoji: Annotated[bool, typer.Option(help="As the latents were painted.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: int = 0,
-) -> None:
-    """Train the classifier; continues where an interrupted run stopped."""
-    vocabulary = load_vocabulary() if emoji else load_vocabulary().without_emoji()
-    seen, held_out = split(LatentCache.load(latents))
-    compute = Compute(torch.device(device))
-    torch.manual_seed(seed)
-    settings = TrainSettings(steps, rate, save_every=500, seed=seed)
-    network = build_classifier(vocabulary)
-    training = ClassifierTraining(network, seen, vocabulary, out, settings, batch_size, compute)
-    training.train()
-    accuracy = measure(training.trainer.keep_average(), held_out, vocabulary, compute)
-    things, backgrounds = f"{accuracy.things:.1%}", f"{accuracy.backgrounds:.1%}"
-    print(f"of {len(held_out.scenes)} unseen pictures: things {things}, backgrounds {backgrounds}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

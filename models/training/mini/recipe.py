@@ -15,10 +15,13 @@ import torch
 from diffusers import AutoencoderKL, LCMScheduler
 from transformers import CLIPTokenizer
 
+from models.training import add
 from models.training.exporting import copy_unet
+from models.training.features import load_classifier
 from models.training.lcm import Distiller, FullStudent, LcmSettings, LoraStudent, save_lora
 from models.training.mini import autoencoder
 from models.training.mini.export import BUNDLED, export_lora, export_pipeline, export_tiny, shipment
+from models.training.mini.features import train_classifier
 from models.training.mini.latents import LatentCache, encode_scenes
 from models.training.mini.linear_code import LinearCode
 from models.training.mini.networks import build_networks
@@ -30,11 +33,12 @@ from models.training.mini.teacher import CaptionedLatents, PaintedBatches, start
 from models.training.mini.tokenizer import build_tokenizer, save_tokenizer
 from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Layout, Teacher, open_teacher
-from models.training.trainer import CPU, TrainSettings
+from models.training.trainer import CPU, Compute, TrainSettings
 
 NUM_PICTURES = 100_000
 BATCH = 48
 LORA_RANK = 12
+TURBO_RANK = 8
 SOLVER_TIMESTEPS = 20
 TEACHERS: dict[Layout, str] = {"sd": "teacher", "sdxl": "teacher-xl"}
 
@@ -60,6 +64,8 @@ class Recipe:
             "lcm": self.lcm,
             "teacher-xl": lambda: self.teacher("sdxl"),
             "lcm-full": self.lcm_full,
+            "features": self.features,
+            "turbo": self.turbo,
             "styles": self.styles,
             "export": self.export,
         }
@@ -121,6 +127,38 @@ class Recipe:
         unet = copy_unet(student.unet, torch.float32)
         teacher.build_pipeline(unet, scheduler, torch.float32).save_pretrained(folder / "model")
 
+    def features(self) -> None:
+        """The classifier of latents that Turbo's discriminator looks through."""
+        settings = self._settings(3000, 1e-3, save_every=500)
+        accuracy = train_classifier(
+            LatentCache.load(self.out / "latents"), self.vocabulary, self.out / "features", settings
+        )
+        print(f"of unseen pictures: things {accuracy.things:.1%}, backgrounds {accuracy.backgrounds:.1%}")
+
+    def turbo(self) -> None:
+        """Turbo as a LoRA of the teacher in SDXL's layout: a further whole network would be too large to ship."""
+        teacher, folder = self._open("sdxl"), self.out / "turbo"
+        scheduler, settings = add.build_scheduler(teacher), add.AddSettings(guidance=2.0)
+        encoders = teacher.load_encoders(CPU)
+        torch.manual_seed(4)
+        student = LoraStudent(teacher.load_unet(CPU, torch.float32), TURBO_RANK)
+        distiller = add.AddDistiller(
+            student,
+            load_classifier(self.out / "features", Compute()),
+            teacher.build_diffusion(CPU),
+            add.student_timesteps(scheduler, settings.student_timesteps),
+            PaintedBatches(self._data(encoders.tokenizers[0]), encoders),
+            folder,
+            self._settings(3000, 2e-4, ema_decay=0.99, seed=4),
+            settings,
+        )
+
+        def save() -> None:
+            save_lora(student.unet, folder)
+            scheduler.save_pretrained(folder)
+
+        distiller.distill(save)
+
     def styles(self) -> None:
         """A style LoRA for the teacher in SD's layout for each program of `restyling`."""
         for number, (name, restyle) in enumerate(STYLES.items()):
@@ -130,9 +168,10 @@ class Recipe:
     def export(self) -> None:
         """Everything that ships, in fp16, with cards."""
         with shipment(self.bundled) as made:
-            for name in ("lcm", *STYLES):
+            for name in ("lcm", "turbo", *STYLES):
                 export_lora(self.out / name, made / EXPORTED.get(name, f"mini-{name}"))
             self._lcm_scheduler(self._open("sd")).save_pretrained(made / "mini-lcm-lora")
+            add.build_scheduler(self._open("sdxl")).save_pretrained(made / "mini-turbo-lora")
             export_tiny(self.out / "autoencoder" / "taesd", made / "mini-taesd")
             for name in ("teacher", "teacher-xl", "lcm-full"):
                 export_pipeline(self.out / name / "model", made / EXPORTED[name])
@@ -175,4 +214,10 @@ class Recipe:
         return max(1, round(number * self.share))
 
 
-EXPORTED = {"lcm": "mini-lcm-lora", "teacher": "mini-sd", "teacher-xl": "mini-sdxl", "lcm-full": "mini-lcm-full"}
+EXPORTED = {
+    "teacher": "mini-sd",
+    "lcm": "mini-lcm-lora",
+    "teacher-xl": "mini-sdxl",
+    "lcm-full": "mini-lcm-full",
+    "turbo": "mini-turbo-lora",
+}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import AutoPipelineForText2Image, LCMScheduler, StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline, EulerAncestralDiscreteScheduler, LCMScheduler
 from safetensors.torch import load_file
 
 from models.training.mini.export import CARDS
@@ -31,9 +31,10 @@ def test_each_model_that_ships_loads_in_diffusers_and_draws(recipe: Recipe, name
     assert card == (CARDS / f"{name}.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["mini-lcm-lora", "mini-neon", "mini-sketch"])
+@pytest.mark.parametrize("name", ["mini-lcm-lora", "mini-neon", "mini-sketch", "mini-turbo-lora"])
 def test_each_lora_that_ships_loads_in_diffusers(recipe: Recipe, name: str) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(recipe.bundled / "mini-sd", variant="fp16", dtype=torch.float32)
+    base = recipe.bundled / ("mini-sdxl" if "turbo" in name else "mini-sd")
+    pipeline = DiffusionPipeline.from_pretrained(base, variant="fp16", dtype=torch.float32)
     pipeline.load_lora_weights(recipe.bundled / name)
     pipeline.fuse_lora()
     assert {
@@ -48,10 +49,17 @@ def test_the_scheduler_says_with_how_many_timesteps_it_was_distilled(recipe: Rec
         assert (config.original_inference_steps, config.prediction_type) == (20, prediction_type)
 
 
+def test_turbos_scheduler_ends_at_the_last_timesteps_of_training(recipe: Recipe) -> None:
+    scheduler = EulerAncestralDiscreteScheduler.from_pretrained(recipe.bundled / "mini-turbo-lora")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
 def test_stages_that_are_done_do_nothing(recipe: Recipe) -> None:
     files = [*recipe.out.rglob("checkpoint.pt"), *recipe.out.rglob("latents.safetensors")]
     written = {path: path.stat().st_mtime_ns for path in files}
-    assert len(written) == 2 + 3 + 2 + 2 + 2 + 2  # autoencoders, latents, two teachers, two LCMs, two styles
+    # Autoencoders; latents of the world and of two styles; two teachers, each warmed up; LCMs; features, Turbo; styles.
+    assert len(written) == 2 + 3 + 4 + 2 + 2 + 2
     for name in ("latents", "teacher", "lcm", "styles"):
         recipe.stages[name]()
     assert {path: path.stat().st_mtime_ns for path in files} == written
