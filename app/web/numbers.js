@@ -82,9 +82,13 @@ export class Numbers {
 
   /** @param {Figures | null} figures of the picture on the stage; null: nothing is known */
   show(figures) {
+    const all = STAGES.reduce((sum, [key]) => sum + (figures?.stages[key] ?? 0), 0) || 1;
+    let before = 0;
     for (const [key] of STAGES) {
       const ms = figures?.stages[key] ?? 0;
-      this.byId(`bar-${key}`).style.flexGrow = String(ms);
+      // Each part lies over the whole bar and shows its share: nothing is laid out anew, so nothing moves.
+      const [left, right] = [before, (before += ms)].map((at) => (100 * at) / all);
+      this.byId(`bar-${key}`).style.clipPath = `inset(0 ${100 - right}% 0 calc(${left}% + 1px))`;
       this.byId(`stage-${key}`).textContent = figures ? `${shortly(ms)} ms` : "–";
     }
     this.byId("drawn").textContent = figures

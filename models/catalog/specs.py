@@ -136,7 +136,7 @@ class ModelSpec(_Entry):
     finished picture; with it there are no previews, which nothing would judge.
 
     `guidance` says what guidance scales mean. "classifier-free": above 1 they double the rows. "embedded": the network
-    of a full LCM reads them as an input (Luo et al. 2023, section 4.3). "none": the model was distilled without.
+    of a full LCM reads them as an input (Luo et al. 2023, section 4.2). "none": the model was distilled without.
     `classes` is for a class-conditional model, whose prompts are class names: "imagenet", or a text file of its own.
 
     `sizes` are the allowed (width, height), the first one the default; `warm_sizes` are proven before a worker is

@@ -54,7 +54,7 @@ class LatentDiffusion(DiffusersFamily):
         """One tensor per name of `added_names`, rows first."""
 
     def _embed(self, guidance_scales: Tensor) -> Tensor:
-        """A full LCM reads w = guidance - 1 as an embedding (Luo et al. 2023, section 4.3)."""
+        """A full LCM reads w = guidance - 1 as an embedding (Luo et al. 2023, section 4.2)."""
         embedding: Tensor = self._embed_guidance(guidance_scales - 1, embedding_dim=self._guidance_width)
         return to_device(embedding, self.device)
 

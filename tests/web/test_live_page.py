@@ -152,7 +152,7 @@ def test_nothing_moves_while_pictures_come(open_page: OpenPage) -> None:
         page.keyboard.insert_text(PROMPT)
         shows_refined(page, PROMPT)
         expect(page.locator("#strip button")).to_have_count(1)
-        assert sum(page.evaluate("seen.shifts")) < 0.001, "only figures and the bar of stages may change"
+        assert sum(page.evaluate("seen.shifts")) < 0.001, "only figures may change"
 
 
 def test_a_phone_needs_no_sideways_scrolling(open_page: OpenPage) -> None:

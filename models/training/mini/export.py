@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors.torch import load_file, save_file
+
+from models.training.exporting import save_pipeline
 
 BUNDLED = Path(__file__).parents[2] / "bundled"
 CARDS = Path(__file__).with_name("cards")
@@ -21,17 +22,8 @@ MAX_BYTES = 40_000_000
 
 
 def export_pipeline(model: Path, folder: Path) -> None:
-    """Write a diffusers folder in fp16. Its text encoders' configs keep saying float32, so that no load mixes types;
-    beside the tokenizers go the two files that transformers before version 5 reads.
-    """
-    pipeline: Any = DiffusionPipeline.from_pretrained(model)
-    configs = {name: part.config for name, part in pipeline.components.items() if name.startswith("text_encoder")}
-    pipeline.to(dtype=torch.float16).save_pretrained(folder, variant="fp16")
-    for name, config in configs.items():
-        config.dtype = torch.float32
-        config.save_pretrained(folder / name)
-    for tokenizer in folder.glob("tokenizer*"):
-        pipeline.tokenizer.backend_tokenizer.model.save(str(tokenizer))
+    """Write a diffusers folder in fp16."""
+    save_pipeline(DiffusionPipeline.from_pretrained(model).to(dtype=torch.float16), folder, variant="fp16")
 
 
 def export_tiny(taesd: Path, folder: Path) -> None:
