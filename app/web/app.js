@@ -3,8 +3,8 @@
 import { asCurl, asJavaScript, asPython, copyText, fileName, suffix } from "./copy.js";
 import { Door } from "./door.js";
 import { LiveClient } from "./live.js";
-import { fetchModels, firstModel, listModels } from "./models.js";
-import { Notices, wordsForConnection, wordsForError } from "./notices.js";
+import { fetchModels, firstModel, listModels, offers } from "./models.js";
+import { Notices, wordsForConnection, wordsForError, wordsForMissing } from "./notices.js";
 import { Numbers, figuresOf } from "./numbers.js";
 import { LINK_DEFAULTS, isSamePicture, lengthReason, liveRequest, pictureFields } from "./request.js";
 import { Settings } from "./settings.js";
@@ -126,10 +126,8 @@ function canDraw(model) {
   const isReady = !card || card.ready;
   if (!isReady) loadModelsLater();
   const isAlone = ![...models.values()].some(({ ready }) => ready);
-  const words = isAlone
-    ? "No worker is ready yet. Drawing begins as soon as one is."
-    : `No worker has ${model} loaded right now. Choose another model, or start a worker for it.`;
-  notices.say("models", isReady ? "" : words, isAlone ? "wait" : "bad");
+  const isLoading = card?.state === "loading";
+  notices.say("models", isReady ? "" : wordsForMissing(model, isAlone, isLoading), isAlone || isLoading ? "wait" : "bad");
   return isReady;
 }
 
@@ -434,6 +432,7 @@ function takeModels(list, name) {
   models.clear();
   for (const model of list.cards) models.set(model.id, model);
   listModels(modelBox, list.cards, card.id);
+  if (list.cards.some(({ state }) => state === "loading")) renewModelsLater();
   return card;
 }
 
@@ -444,16 +443,33 @@ async function renewModels() {
   const card = takeModels(await fetchModels(door.headers), before.id);
   if (!card) return;
   wanted = card.id;
-  if (card.id === before.id) return;
+  if (card.id === before.id) return adapt(before, card);
   useModel(card.id);
   tell(`There is no model ${before.id} any more.`, "bad");
   generate();
+}
+
+/** The same model may have other limits now. @param {Card} before @param {Card} card */
+function adapt(before, card) {
+  if (offers(before) === offers(card)) return;
+  const wish = readWish();
+  useModel(card.id);
+  complain(`${card.id} has other limits now`, writeWish(wish));
+}
+
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let renewalTimer;
+
+function renewModelsLater() {
+  clearTimeout(renewalTimer);
+  renewalTimer = setTimeout(renewModels, MODELS_RETRY_MS);
 }
 
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let modelsTimer;
 
 function loadModelsLater() {
+  clearTimeout(renewalTimer);
   clearTimeout(modelsTimer);
   modelsTimer = setTimeout(loadModels, MODELS_RETRY_MS);
 }

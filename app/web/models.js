@@ -34,19 +34,31 @@ export function firstModel({ cards, standard }, wanted) {
 }
 
 /**
- * Ready models first; those without a worker can be seen and not chosen.
+ * What a model offers, to compare: its card without what changes from minute to minute.
+ *
+ * @param {Card} card
+ */
+export function offers({ ready, state, state_detail, ...offer }) {
+  return JSON.stringify(offer);
+}
+
+/**
+ * Ready models first; those without a worker can be seen and not chosen. A list that is the same stays, as it may be open.
  *
  * @param {HTMLSelectElement} box
  * @param {Card[]} cards
  * @param {string} chosen
  */
 export function listModels(box, cards, chosen) {
-  const option = (/** @type {Card} */ { id, ready }) => {
-    const made = new Option(ready ? id : `${id} (no worker)`, id, false, id === chosen);
+  const option = (/** @type {Card} */ { id, ready, state }) => {
+    const why = state === "loading" ? "loading" : "no worker";
+    const made = new Option(ready ? id : `${id} (${why})`, id, false, id === chosen);
     made.disabled = !ready;
     return made;
   };
   const sorted = [...cards].sort((one, other) => Number(other.ready) - Number(one.ready));
-  box.replaceChildren(...sorted.map(option));
+  const options = sorted.map(option);
+  if (options.map(({ text }) => text).join() !== [...box.options].map(({ text }) => text).join())
+    box.replaceChildren(...options);
   box.value = chosen;
 }

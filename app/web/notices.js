@@ -62,6 +62,19 @@ export function wordsForError({ code, message }, retryAfterMs, model) {
 }
 
 /**
+ * Why nothing is drawn as long as no worker has the model ready.
+ *
+ * @param {string} model
+ * @param {boolean} isAlone no other model is ready either
+ * @param {boolean} isLoading
+ */
+export function wordsForMissing(model, isAlone, isLoading) {
+  if (isAlone) return "No worker is ready yet. Drawing begins as soon as one is.";
+  if (isLoading) return `${model} is being loaded. Drawing begins as soon as it is ready.`;
+  return `No worker has ${model} loaded right now. Choose another model, or start a worker for it.`;
+}
+
+/**
  * Why there is no connection; empty where that needs no words.
  *
  * @param {{state: string, code?: number, reason?: string, retryInMs?: number}} change

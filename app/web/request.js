@@ -24,6 +24,8 @@
  * @typedef {object} Card
  * @property {string} id
  * @property {boolean} ready
+ * @property {"warm" | "loading" | "failed" | "cold"} state
+ * @property {string} state_detail
  * @property {string[]} sizes
  * @property {string} default_size
  * @property {{default: number, min: number, max: number}} num_inference_steps

@@ -166,6 +166,50 @@ def test_a_model_that_was_there_all_along_keeps_its_settings_after_a_reconnect(
     expect(page.get_by_label("Model")).to_have_value("mini-lcm")
 
 
+def test_a_model_that_becomes_ready_later_can_be_chosen_then(open_page: OpenPage, service_url: str) -> None:
+    service = Service(service_url)
+    service.add("late", ready=False, state="loading")
+    page = open_page(service.prepare, state="#prompt=tree")
+    shows_final(page, "tree")
+    options = page.locator("#model option")
+    expect(options).to_have_text(["mini-lcm", "late (loading)"])
+    service.models["data"][1] |= {"ready": True, "state": "warm"}
+    expect(options).to_have_text(["mini-lcm", "late"])
+    assert len(service.socket.requests) == 1, "what is drawn already is not asked for again"
+    page.get_by_label("Model").select_option("late")
+    shows_final(page, "tree")
+    assert service.newest["model"] == "late"
+
+
+def test_a_link_to_a_model_that_is_being_loaded_waits_for_it(open_page: OpenPage, service_url: str) -> None:
+    service = Service(service_url)
+    service.add("late", ready=False, state="loading")
+    page = open_page(service.prepare, state="#model=late&prompt=tree")
+    expect(page.locator("#message")).to_have_text("late is being loaded. Drawing begins as soon as it is ready.")
+    service.models["data"][1] |= {"ready": True, "state": "warm"}
+    shows_final(page, "tree")
+    assert service.newest["model"] == "late"
+
+
+def test_a_model_that_came_back_with_other_limits_brings_them(open_page: OpenPage, service_url: str) -> None:
+    service = Service(service_url)
+
+    def answer(connection: int, message: dict[str, Any], socket: WebSocketRoute) -> None:
+        if connection == 1:
+            service.models["data"][0]["num_inference_steps"] = {"default": 2, "min": 1, "max": 3}
+            socket.close(code=1012, reason="{}")
+        else:
+            socket.send(picture(message["seq"], 1, "lime"))
+
+    service.socket.answer = answer
+    page = open_page(service.prepare, state="#steps=7&prompt=tree")
+    shows_final(page, "tree")
+    steps = page.get_by_label("Steps")
+    expect(steps).to_have_attribute("max", "3")
+    expect(steps).to_have_value("3")
+    expect(page.locator("#message")).to_contain_text("mini-lcm has other limits now")
+
+
 def test_a_negative_prompt_waits_for_a_guidance_that_makes_it_count(open_page: OpenPage, service_url: str) -> None:
     service = Service(service_url)
     page = open_page(service.prepare)
