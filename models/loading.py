@@ -24,12 +24,13 @@ from models.families.sd import StableDiffusion
 from models.families.sdxl import StableDiffusionXL
 from models.hub.lockfile import LOCK_FILE
 from models.hub.needs import WEIGHTLESS
-from models.lora_files import LORA_NETWORKS, LoraReader
+from models.lora_files import LoraReader
 from models.loras import MAX_RESIDENT, StyleLoras
 from models.networks import LoadError, Networks, check_weights, explained, settle
 from models.pipeline import FewStepPipeline
 from models.rows import keep_kernels
 from models.sources import Place, SourceError, locate
+from models.weights import LORA_NETWORKS, changed_networks
 
 __all__ = ["FAMILIES", "LoadError", "default_device", "default_dtype", "load_diffusers", "load_pipeline", "settle"]
 
@@ -266,8 +267,7 @@ class _Loader:
             return frozenset()
         check_weights(self._lora)
         with safe_open(self._lora, framework="pt") as file:
-            has_text = any(key.startswith(("text_encoder", "lora_te")) for key in file.keys())  # noqa: SIM118 - no dict
-        return frozenset(LORA_NETWORKS if has_text else ("unet",))
+            return frozenset(changed_networks(file.keys()))
 
     @cached_property
     def _lora(self) -> Path | None:

@@ -22,8 +22,6 @@ from models.hub.lockfile import LOCK_FILE
 from models.networks import LoadError, check_weights, explained
 from models.sources import SourceError, locate
 
-LORA_NETWORKS = ("unet", "text_encoder", "text_encoder_2")  # what LoRAs may change, by diffusers' names
-
 Shapes = Mapping[str, Mapping[str, torch.Size]]  # network -> layer -> weight
 
 # "…to_q.lora_A.weight", "…to_q.lora_A.NAME.weight", "…to_q.lora.down.weight", "…processor.to_q_lora.down.weight",

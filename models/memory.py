@@ -13,12 +13,12 @@ from typing import Any
 from models.catalog import ModelSpec
 from models.hub.lockfile import LOCK_FILE
 from models.sources import SourceError, locate
+from models.weights import changed_networks, find_weights
 
 GIB = 2**30
 WORKING_SHARE = 0.5  # of the weights' bytes: what the largest batch needs beside them, where the entry doesn't say
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 LEFT_OUT = ("safety_checker", "image_encoder")  # which no pipeline here loads from its own folder
-LORA_NETWORKS = {"unet", "text_encoder", "text_encoder_2"}
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}  # safetensors' names
 
 
@@ -94,22 +94,25 @@ def _networks_of(spec: ModelSpec, lock_file: Path) -> Iterator[tuple[list[Path],
     else:
         for name in _component_names(source):
             if getattr(spec, name, None) is None:
-                yield _weight_files(source / name, spec.variant), name in changed
+                yield _files(source / name, spec), name in changed
     for part in ("unet", "vae", "tiny_vae", "safety_checker"):
         if getattr(spec, part) is not None:
             folder = locate(spec, part, lock_file=lock_file, only_look=True).path
-            yield _weight_files(folder / part if part == "safety_checker" else folder, spec.variant), part in changed
+            yield _files(folder / part if part == "safety_checker" else folder, spec), part in changed
 
 
-def _changed_for_good(spec: ModelSpec, lock_file: Path) -> set[str]:
+def _files(folder: Path, spec: ModelSpec) -> list[Path]:
+    return [file.resolve() for file in find_weights(folder, spec.variant)]
+
+
+def _changed_for_good(spec: ModelSpec, lock_file: Path) -> Collection[str]:
     if spec.lora is None:
-        return set()
+        return ()
     try:
         keys = _read_header(locate(spec, "lora", lock_file=lock_file, only_look=True).path)
     except (OSError, ValueError):
         keys = {}
-    has_text = any(key.startswith(("text_encoder", "lora_te")) for key in keys)
-    return LORA_NETWORKS if has_text else {"unet"}
+    return changed_networks(keys)
 
 
 def weight_bytes(file: Path, dtype: str) -> int:
@@ -146,10 +149,3 @@ def _component_names(folder: Path) -> list[str]:
         return [name for name in index if name not in LEFT_OUT and (folder / name).is_dir()]
     except (OSError, ValueError):
         return []
-
-
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """Those of the variant where there are any."""
-    links = list(folder.glob("*.safetensors"))
-    of_variant = [link for link in links if variant is not None and f".{variant}" in link.stem]
-    return [link.resolve() for link in of_variant or [link for link in links if "." not in link.stem]]

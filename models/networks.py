@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from models.hub.errors import SourceError
+from models.weights import SUFFIX, find_weights, has_variant
 
 CLASSES = {  # the networks that models are made of, and who has them
     "UNet2DConditionModel": "diffusers",
@@ -68,30 +69,18 @@ class Networks:
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The weight files of one network: those of the variant where there are any. Raises LoadError where there are none
     that may be read."""
-    files = sorted(folder.glob("*.safetensors"))
-    of_variant = [path for path in files if _is_of_variant(path, variant)]
-    plain = [path for path in files if "." not in path.name.removesuffix(".safetensors")]
-    if chosen := of_variant or plain:
+    if chosen := find_weights(folder, variant):
         return chosen
     if pickles := [path for pattern in PICKLES for path in sorted(folder.glob(pattern))]:
         raise LoadError(f"{pickles[0]} is a pickle, which is never read: weights must be safetensors")
-    if files:
+    if files := sorted(folder.glob(f"*{SUFFIX}")):
         raise LoadError(f"{folder} has weights of a variant only ({files[0].name}): say which by the key variant")
     raise LoadError(f"there are no weights in {folder}" if folder.is_dir() else f"there is no folder {folder}")
 
 
-def has_variant(folder: Path, variant: str | None) -> bool:
-    return any(_is_of_variant(path, variant) for path in folder.glob("*.safetensors"))
-
-
-def _is_of_variant(path: Path, variant: str | None) -> bool:
-    """model.fp16.safetensors, or model.fp16-00001-of-00002.safetensors."""
-    return variant is not None and f".{variant}" in path.name.removesuffix(".safetensors")
-
-
 def check_weights(place: Path) -> None:
     """Opens each weight file's header, so that a damaged one is named before any network is built. Raises LoadError."""
-    for path in [place] if place.is_file() else sorted(place.glob("*.safetensors")):
+    for path in [place] if place.is_file() else sorted(place.glob(f"*{SUFFIX}")):
         try:
             with safe_open(path, framework="pt") as file:
                 file.keys()
