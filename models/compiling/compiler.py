@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
 import queue
 import signal
@@ -17,11 +17,10 @@ from pathlib import Path
 from models.compiling.cache import PackageCache
 from models.compiling.recipe import Recipe
 
-logger = logging.getLogger(__name__)
-
 SOURCES = Path(__file__).parents[2]  # where `models` is imported from
 STOP_S = 5.0
 NO_COMPILER = "InvalidCxxCompiler"
+OTHER_FOLDER = "make room and see that this user may write there, or choose another folder by FEWSTEP_COMPILE_CACHE"
 
 
 class CompileError(Exception):
@@ -43,21 +42,27 @@ class Compiler:
     def __init__(self, cache: PackageCache) -> None:
         self._cache = cache
         self._wanted: queue.SimpleQueue[tuple[Recipe, Future[Package]] | None] = queue.SimpleQueue()
+        self._num_wanted = self._num_settled = 0  # each is counted by one thread alone
         self._thread = threading.Thread(target=self._work, name="compiler", daemon=True)
         self._is_over = threading.Event()
 
+    @property
+    def num_open(self) -> int:
+        """How many wait to be compiled, the one under way included. May be asked from any thread."""
+        return self._num_wanted - self._num_settled
+
     def ask(self, recipe: Recipe) -> Future[Package]:
-        """Done at once where the cache has it. Fails with CompileError, or with OSError for a folder that can't be
-        used."""
+        """Done at once where the cache has it. Fails with CompileError."""
         answer: Future[Package] = Future()
         try:
             path = self._cache.find(recipe)
         except OSError as error:
-            answer.set_exception(error)
+            answer.set_exception(CompileError(_blame_folder(error)))
             return answer
         if path is not None:
             answer.set_result(Package(path, self._cache.library))
         else:
+            self._num_wanted += 1
             self._wanted.put((recipe, answer))
         return answer
 
@@ -73,20 +78,31 @@ class Compiler:
             self._thread.join(STOP_S)
 
     def _work(self) -> None:
-        while (wanted := self._wanted.get()) is not None and not self._is_over.is_set():
+        while (wanted := self._wanted.get()) is not None:
             recipe, answer = wanted
             try:
-                answer.set_result(self._make(recipe))
-            except (CompileError, OSError) as error:
+                package = self._make(recipe)
+            except OSError as error:
+                answer.set_exception(CompileError(_blame_folder(error)))
+            except Exception as error:  # noqa: BLE001 - handed to whoever asked
                 answer.set_exception(error)
+            else:
+                if package is None:
+                    return
+                answer.set_result(package)
+            self._num_settled += 1
 
-    def _make(self, recipe: Recipe) -> Package:
+    def _make(self, recipe: Recipe) -> Package | None:
+        """None: asked to stop."""
         started_s = time.monotonic()
         with self._cache.lock(recipe, self._is_over.is_set) as work:
-            if work is not None and self._cache.find(recipe) is None:  # another worker may have compiled it meanwhile
+            # Another worker may have compiled it meanwhile.
+            if work is not None and self._cache.find(recipe) is None and not self._is_over.is_set():
                 self._run(recipe, work)
+        if self._is_over.is_set():
+            return None
         if (path := self._cache.find(recipe)) is None:
-            raise CompileError("compiling was given up")
+            raise CompileError(f"{self._cache.path(recipe)} was removed before it could be used")
         return Package(path, self._cache.library, time.monotonic() - started_s)
 
     def _run(self, recipe: Recipe, work: Path) -> None:
@@ -149,14 +165,16 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
+def _blame_folder(error: OSError) -> str:
+    return f"{error}: {OTHER_FOLDER}"
+
+
 def explain(code: int, log: str) -> str:
     """One line on why the process failed."""
     if NO_COMPILER in log:
         return "there is no C++ compiler: install g++, or name one by CXX"
-    if "No space left on device" in log:
-        return (
-            "no space is left on the device of the cache: make room, or choose another folder by FEWSTEP_COMPILE_CACHE"
-        )
+    if (is_full := os.strerror(errno.ENOSPC)) in log:
+        return f"{is_full}: {OTHER_FOLDER}"
     if code < 0:
         return f"the process that compiles was ended by {signal.Signals(-code).name}; was there too little memory?"
     lines = [line for line in log.splitlines() if line.strip()]
