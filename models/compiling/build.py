@@ -1,4 +1,4 @@
-"""The process that compiles one network: python -m models.compiling.build CACHE < recipe.
+"""The process that compiles one network: python -m models.compiling.build CACHE FOLDER < recipe.
 
 It ends with whoever started it: its standard input, open for as long as that process lives, tells.
 """
@@ -82,7 +82,10 @@ def build_library(path: Path, work: Path) -> None:
 
 
 def build_package(recipe: Recipe, path: Path, work: Path) -> None:
-    program = export(recipe, torch.device(recipe.device_type))
+    device = torch.device(recipe.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    program = export(recipe, device)
     target = work / path.name
     torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=dict(CONFIG))
     target.replace(path)
@@ -115,7 +118,7 @@ def make_network(recipe: Recipe, device: torch.device) -> Any:
 
 
 def check_room(network: nn.Module, device: torch.device) -> None:
-    """A GPU must hold the weights a second time meanwhile, and the requests of those who wait must not suffer."""
+    """A GPU holds the weights a second time meanwhile, and the models that serve must not run out of memory by that."""
     if device.type != "cuda":
         return
     needed = FREE_FACTOR * sum(tensor.nbytes for tensor in weights_of(network).values())

@@ -43,7 +43,7 @@ class Recipe:
     dtype: str
     weights: str
     inputs: Sizes
-    device_type: str
+    device: str
     machine: str
     own_format: int = FORMAT
     torch_version: str = torch.__version__
@@ -60,15 +60,16 @@ class Recipe:
             dtype=str(network.dtype).removeprefix("torch."),
             weights=fingerprint(network),
             inputs=inputs,
-            device_type=device.type,
+            device=str(device),
             machine=describe(device),
         )
 
     @property
     def name(self) -> str:
-        """Of its file: something to read, and a digest of everything."""
+        """Of its file: something to read, and a digest of everything but the device's number: GPUs of a kind share."""
         shape, dtype = self.inputs[0]
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:NUM_DIGITS]
+        values = asdict(self) | {"device": torch.device(self.device).type}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:NUM_DIGITS]
         return f"{self.class_name}-{'x'.join(map(str, shape))}-{dtype}-{digest}"
 
     def to_json(self) -> str:

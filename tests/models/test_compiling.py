@@ -271,7 +271,9 @@ def test_other_architectures_sizes_and_formats_have_other_names() -> None:
         )
     }
     assert len(names) == 4
-    assert Recipe.of(Blueprint(unet_network, make_unet(seed=3), ((),)), sizes, CPU).name in names
+    recipe = Recipe.of(Blueprint(unet_network, make_unet(seed=3), ((),)), sizes, CPU)
+    assert recipe.name in names
+    assert replace(recipe, device="cuda:0").name == replace(recipe, device="cuda:1").name not in names
 
 
 def test_the_compiling_process_is_told_everything() -> None:
