@@ -44,7 +44,7 @@ class Graphed(Generic[T]):
         self._recordings: OrderedDict[Key, _Recording] = OrderedDict()
 
     def __call__(self, *inputs: Tensor) -> T:
-        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        key = _key(inputs)
         if key not in self._recordings:
             self._recordings[key] = self._record(inputs)
         self._recordings.move_to_end(key)
@@ -52,6 +52,11 @@ class Graphed(Generic[T]):
             # A capture has just waited for the device, so what is dropped here is not running any more.
             self._recordings.popitem(last=False)
         return cast(T, self._recordings[key].run(inputs))
+
+    def forget(self, inputs: tuple[Tensor, ...]) -> None:
+        """Drops the graphs for inputs like these, whatever their number of rows. None of them may be running."""
+        for key in [key for key in self._recordings if _without_rows(key) == _without_rows(_key(inputs))]:
+            del self._recordings[key]
 
     def _record(self, inputs: tuple[Tensor, ...]) -> _Recording:
         buffers = _copies(inputs)
@@ -110,6 +115,14 @@ class _Recording:
             buffer.copy_(tensor)
         output = self.replay()
         return output.clone() if isinstance(output, Tensor) else tuple(tensor.clone() for tensor in output)
+
+
+def _key(inputs: tuple[Tensor, ...]) -> Key:
+    return tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+
+
+def _without_rows(key: Key) -> Key:
+    return tuple((shape[1:], dtype) for shape, dtype in key)
 
 
 def _copies(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

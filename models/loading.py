@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from models.catalog import ModelSpec
+from models.compiling.compiler import Compiler
 from models.families.consistency import ConsistencyModel
 from models.families.latent_diffusion import LatentDiffusion
 from models.families.sd import StableDiffusion
@@ -79,12 +80,13 @@ def load_pipeline(
     max_loras: int = MAX_RESIDENT,
     networks: Networks | None = None,
     lock_file: Path = LOCK_FILE,
+    compiler: Compiler | None = None,
 ) -> FewStepPipeline:
     """The model of a catalog entry, ready to compute on `device` in `dtype`. Models that are given the same `networks`
     share what they have in common; `lock_file` says which commits of the Hub's repositories. `max_loras` of its style
-    LoRAs stay in memory. Raises LoadError."""
+    LoRAs stay in memory. With a `compiler` its UNet is compiled. Raises LoadError."""
     keep_kernels()
-    return _Loader(spec, device, dtype, networks or Networks(), lock_file).pipeline(cuda_graphs, max_loras)
+    return _Loader(spec, device, dtype, networks or Networks(), lock_file).pipeline(cuda_graphs, max_loras, compiler)
 
 
 def load_diffusers(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
@@ -120,11 +122,11 @@ class _Loader:
         self._lock_file = lock_file
         self._family = FAMILIES[spec.family]
 
-    def pipeline(self, cuda_graphs: bool, max_loras: int) -> FewStepPipeline:
+    def pipeline(self, cuda_graphs: bool, max_loras: int, compiler: Compiler | None) -> FewStepPipeline:
         with self._told():
-            return self._build(self._load_pipe(), cuda_graphs, max_loras)
+            return self._build(self._load_pipe(), cuda_graphs, max_loras, compiler)
 
-    def _build(self, pipe: Any, cuda_graphs: bool, max_loras: int) -> FewStepPipeline:
+    def _build(self, pipe: Any, cuda_graphs: bool, max_loras: int, compiler: Compiler | None) -> FewStepPipeline:
         with explained(f"can't build its {self._family.kind.__name__}"):
             return self._family.kind(
                 self._spec,
@@ -136,6 +138,7 @@ class _Loader:
                 scheduler_config=dict(pipe.scheduler.config),
                 revision=self._source.revision or self._spec.public_revision,
                 cuda_graphs=cuda_graphs,
+                compiler=compiler,
                 loras=self._style_loras(pipe, max_loras),
             )
 

@@ -7,6 +7,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from models.compiling.compiler import Compiler
 from workers.engine import Aborted
 from workers.engine.runner import ModelRunner
 
@@ -71,6 +72,9 @@ class WorkerMetrics:
         self.model_memory = Gauge(
             "fewstep_model_memory_bytes", "Memory of each model's weights", ["model", "figure"], registry=registry
         )
+        self.networks_to_compile = Gauge(
+            "fewstep_networks_to_compile", "Networks that wait to be compiled or are being compiled", registry=registry
+        )
         self.gpu_memory = Gauge("fewstep_gpu_memory_bytes", "GPU memory that tensors take", registry=registry)
 
     def observe_step(self, model: str, num_rows: int, seconds: float) -> None:
@@ -90,6 +94,9 @@ class WorkerMetrics:
     def watch_loras(self, model: str, runner: ModelRunner) -> None:
         runner.observe_switch = self.switches.labels(model).observe
         self.resident_loras.labels(model).set_function(lambda: runner.pipeline.loras.num_resident)
+
+    def watch_compiler(self, compiler: Compiler) -> None:
+        self.networks_to_compile.set_function(lambda: compiler.num_open)
 
     def observe_prompts(self, hits: int, misses: int) -> None:
         self.prompts.labels("hit").inc(hits)

@@ -14,6 +14,11 @@ from models.catalog import CATALOG_PATH
 from models.hub.lockfile import LOCK_FILE
 
 
+def usual_compile_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path("~/.cache")) / "fewstep" / "compiled"
+
+
 class WorkerSettings(SharedSettings):
     """Times end in `_s`."""
 
@@ -24,6 +29,10 @@ class WorkerSettings(SharedSettings):
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes CUDA where there is one")
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
     cuda_graphs: bool = Field(False, description="replay networks as CUDA graphs")
+    compile: bool = Field(False, description="compile UNets while they serve, and use what was compiled before")
+    compile_cache: Path = Field(
+        default_factory=usual_compile_cache, description="compiled networks: machine code that nobody else may write"
+    )
     max_loras: int = Field(16, ge=1, description="style LoRAs of each model that stay in memory")
     worker_metrics_host: str = "127.0.0.1"
     worker_metrics_port: int = Field(0, ge=0, le=65535, description="0: no metrics endpoint")
@@ -41,6 +50,11 @@ class WorkerSettings(SharedSettings):
     @classmethod
     def _no_name_is_the_usual_one(cls, value: object) -> object:
         return LOCK_FILE if value == "" else value
+
+    @field_validator("compile_cache", mode="before")
+    @classmethod
+    def _nothing_is_the_usual_folder(cls, value: object) -> object:
+        return usual_compile_cache() if value == "" else value
 
     @field_validator("memory_gib", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from workers.engine import Engine
 from workers.engine.calibration import batch_sizes
 from workers.engine.runner import ModelRunner
 from workers.settings import WorkerSettings
-from workers.worker import place
+from workers.worker import make_compiler, place
 
 
 def load_engine(spec: ModelSpec, settings: WorkerSettings) -> Engine:
@@ -21,6 +21,7 @@ def load_engine(spec: ModelSpec, settings: WorkerSettings) -> Engine:
         cuda_graphs=settings.cuda_graphs,
         lock_file=settings.lock_file,
         max_loras=settings.max_loras,
+        compiler=make_compiler(settings),  # never started: what was compiled before is used
     )
     padded = batch_sizes(spec, device) if device.type == "cuda" else None
     return Engine({spec.name: ModelRunner(pipeline, padded)})

@@ -11,7 +11,7 @@ import enum
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -22,6 +22,8 @@ from broker.redis_broker import RedisBroker
 from broker.renewal import LeaseRenewer
 from broker.settings import SettingsError
 from models.catalog import CatalogError, ModelSpec, get_spec, load_catalog
+from models.compiling.cache import PackageCache
+from models.compiling.compiler import Compiler
 from models.loading import default_device, default_dtype, load_pipeline
 from models.networks import Networks
 from workers.engine import Engine, EngineOutput, PreviewReady
@@ -71,6 +73,7 @@ class Worker:
         self._holdings = Holdings(self._specs)
         self._revisions: dict[str, str] = {}
         self._networks = Networks()
+        self._compiler = make_compiler(settings)
         self._has_room = {name: asyncio.Event() for name in self._specs}
         self._has_news = asyncio.Event()
         self._stop = asyncio.Event()
@@ -88,7 +91,9 @@ class Worker:
             on_change=self._tell_news,
             report=self._report,
         )
-        self._engine = EngineThread(self._build_engine, self._hand_over, self._warm_set.start)
+        self._engine = EngineThread(self._build_engine, self._hand_over, self._prepare)
+        if self._compiler is not None:
+            self.metrics.watch_compiler(self._compiler)
         self._renewer = LeaseRenewer(
             settings.redis_url,
             settings.redis_prefix,
@@ -200,6 +205,8 @@ class Worker:
             await self._broker.unregister(self.worker_id)
         except BrokerError as error:
             logger.warning("left without saying goodbye: %s", error)
+        if self._compiler is not None:
+            await asyncio.to_thread(self._compiler.stop)
         await asyncio.to_thread(self._engine.stop, ENGINE_STOP_S)
         self._publisher.close()
 
@@ -232,6 +239,12 @@ class Worker:
             torch.cuda.set_stream(cast(Any, torch.cuda.Stream)(self._device, priority=-1))
         return Engine({}, self.metrics.observe_step)
 
+    def _prepare(self, engine: Engine) -> Iterator[None]:
+        """Compiling would slow down what has yet to become warm."""
+        yield from self._warm_set.start(engine)
+        if self._compiler is not None:
+            self._compiler.start()
+
     def _dtype_of(self, spec: ModelSpec) -> torch.dtype:
         return default_dtype(self._device, spec) if self.settings.dtype == "auto" else self._dtype
 
@@ -244,6 +257,7 @@ class Worker:
             networks=self._networks,
             lock_file=self.settings.lock_file,
             max_loras=self.settings.max_loras,
+            compiler=self._compiler,
         )
         padded = batch_sizes(spec, self._device) if self._device.type == "cuda" else None
         return ModelRunner(pipeline, padded)
@@ -410,6 +424,10 @@ def place(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
         raise SettingsError(f"FEWSTEP_DEVICE={settings.device!r}: {str(error).splitlines()[0]}") from error
     dtype: torch.dtype = default_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return device, dtype
+
+
+def make_compiler(settings: WorkerSettings) -> Compiler | None:
+    return Compiler(PackageCache(settings.compile_cache.expanduser())) if settings.compile else None
 
 
 def _name_of(dtype: torch.dtype) -> str:

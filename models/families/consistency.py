@@ -23,7 +23,7 @@ class ConsistencyModel(DiffusersFamily):
         assert tiny_vae is None, "there are no latents to decode"
         super().__init__(*arguments, **named)
         self._channels: int = pipe.unet.config.in_channels
-        self._predict = self.fast(_unet_network(pipe.unet))
+        self._predict = self.compiled(unet_network, pipe.unet)
 
     @property
     def _classes(self) -> ClassNames:
@@ -55,7 +55,7 @@ class ConsistencyModel(DiffusersFamily):
         return to_pixels(latents)
 
 
-def _unet_network(unet: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def unet_network(unet: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def network(pixels: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
         output: Tensor = unet(pixels, timesteps, class_labels=classes, return_dict=False)[0]
         return output

@@ -29,7 +29,7 @@ class LatentDiffusion(DiffusersFamily):
         self._guidance_width: int | None = pipe.unet.config.time_cond_proj_dim
         self._embed_guidance = pipe.get_guidance_scale_embedding
         embedded = () if self._guidance_width is None else ("timestep_cond",)
-        self._predict = self.fast(_unet_network(pipe.unet, (*self.added_names, *embedded)))
+        self._predict = self.compiled(unet_network, pipe.unet, (*self.added_names, *embedded))
         self._decode_full = self.fast(_decoder_network(pipe.vae))
         self._decode_tiny: Callable[[Tensor], Tensor] = (
             LatentRgb(_decoder_network(pipe.vae), self._latent_channels, self.vae_scale_factor, self.device)
@@ -78,7 +78,7 @@ def padded_ids(tokenizer: Any, texts: Sequence[str]) -> Any:
     return tokenizer(list(texts), padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
 
 
-def _unet_network(unet: Any, names: Sequence[str]) -> Callable[..., Tensor]:
+def unet_network(unet: Any, names: Sequence[str]) -> Callable[..., Tensor]:
     """`names` are diffusers' names of the inputs after latents, timesteps and prompt."""
 
     def network(latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, *more: Tensor) -> Tensor:

@@ -105,6 +105,18 @@ def test_the_graph_used_longest_ago_is_dropped(capture: CpuCapture) -> None:
     assert graphed.num_captures == 4
 
 
+def test_graphs_of_some_sizes_can_be_dropped_whatever_their_rows(capture: CpuCapture) -> None:
+    graphed = Graphed(add, capture=capture)
+    for rows, width in ((1, 3), (2, 3), (1, 5)):
+        graphed(torch.zeros(rows, width), torch.zeros(rows, 1))
+    graphed.forget((torch.zeros(7, 3), torch.zeros(7, 1)))
+    assert [buffer() is None for buffer in capture.buffers] == [True, True, True, True, False, False]
+    graphed(torch.zeros(1, 5), torch.zeros(1, 1))
+    assert graphed.num_captures == 3
+    graphed(torch.zeros(1, 3), torch.zeros(1, 1))
+    assert graphed.num_captures == 4
+
+
 @pytest.mark.parametrize("captured_in_inference_mode", [True, False])
 def test_a_graph_serves_inside_and_outside_of_inference_mode(captured_in_inference_mode: bool) -> None:
     graphed = Graphed(torch.neg, capture=lambda network, inputs: lambda: network(*inputs))

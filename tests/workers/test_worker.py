@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from prometheus_client import generate_latest
 
 from broker.embedded import EmbeddedRedis
 from broker.errors import RequestNotFound
@@ -454,3 +455,37 @@ async def test_a_taken_metrics_port_is_named(settings: WorkerSettings) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"FEWSTEP_WORKER_METRICS_PORT={port}.*in use"):
             await Worker(settings.model_copy(update={"worker_metrics_port": port})).serve()
+
+
+async def test_a_worker_that_cannot_compile_says_so_once_it_serves(
+    settings: WorkerSettings,
+    broker: RedisBroker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    own = settings.model_copy(update={"compile": True, "compile_cache": tmp_path / "cache"})
+    async with running(own, broker) as worker:
+        assert "fewstep_networks_to_compile 1.0" in generate_latest(worker.metrics.registry).decode()
+
+        async def has_told() -> bool:
+            return any("install g++" in message for message in caplog.messages)
+
+        await until(has_told, timeout_s=120)
+        job = make_job()
+        await submit(broker, job)
+        events = await events_of(broker, job)
+        assert isinstance(events[job.request_id][-1], Completed)
+        assert "fewstep_networks_to_compile 0.0" in generate_latest(worker.metrics.registry).decode()
+
+
+def test_compiled_networks_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEWSTEP_COMPILE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert WorkerSettings(compile_cache="").compile_cache == Path("/somewhere/fewstep/compiled")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert WorkerSettings().compile_cache == Path("~/.cache/fewstep/compiled")
