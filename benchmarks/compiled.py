@@ -14,16 +14,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.diffusers_loop import hush_libraries, parse_dtype
-from benchmarks.loras import Subject, make_inputs, make_subject
 from benchmarks.machine import REPOSITORY
 from benchmarks.report import print_table, write_report
+from benchmarks.unets import NAMES, Subject, make_subject, time_ms
 from models.compiling.cache import PackageCache
 from models.compiling.compiler import Compiler, Package
 from models.compiling.packages import load
@@ -69,7 +69,7 @@ def main() -> None:
     steps: list[StepRow] = []
     for name in options.networks:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            bench = Bench(make_subject(name, device, dtype), device, dtype, Path(folder), options.threads)
+            bench = Bench(make_subject(name, device, dtype), Path(folder), options.threads)
             packages.append(bench.package_row)
             print_table(packages[-1:])
             steps += [bench.measure(rows, options.rounds) for rows in options.rows]
@@ -79,7 +79,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=["mini", "mid", "full"], default=["mini"])
+    parser.add_argument("--networks", nargs="+", choices=NAMES, default=["mini"])
     parser.add_argument("--device", default=str(default_device()))
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
@@ -92,25 +92,23 @@ def parse_options() -> argparse.Namespace:
 class Bench:
     """One UNet in both forms. It is compiled here, at the priority that the service gives it."""
 
-    def __init__(
-        self, subject: Subject, device: torch.device, dtype: torch.dtype, folder: Path, num_threads: int | None
-    ) -> None:
-        self._subject, self._device, self._dtype = subject, device, dtype
-        self._rows = SharedRows(num_threads) if device.type == "cpu" else None
-        has_added = subject.unet.config.addition_embed_type == "text_time"
-        names = ("text_embeds", "time_ids") if has_added else ()
-        plain = unet_network(subject.unet, names)
-        recipe = Recipe.of(Blueprint(unet_network, subject.unet, (names,)), sizes_of(self._make_inputs(1)), device)
+    def __init__(self, subject: Subject, folder: Path, num_threads: int | None) -> None:
+        self._subject, self._device = subject, subject.unet.device
+        self._rows = SharedRows(num_threads) if self._device.type == "cpu" else None
+        plain = unet_network(subject.unet, subject.added_names)
+        blueprint = Blueprint(unet_network, subject.unet, (subject.added_names,))
+        recipe = Recipe.of(blueprint, sizes_of(subject.make_inputs(1)), self._device)
         compiled = self._compile(recipe, PackageCache(folder))
         self._usual = self._spread(plain if self._rows is None else Traced(plain))
         self._compiled = self._spread(compiled)
 
     def measure(self, num_rows: int, num_rounds: int) -> StepRow:
-        inputs = self._make_inputs(num_rows)
+        inputs = self._subject.make_inputs(num_rows)
         if self._rows is not None:
             self._rows.expect(num_rows)
         usual, compiled = self._usual(*inputs), self._compiled(*inputs)
-        times = [(self._time(self._usual, inputs), self._time(self._compiled, inputs)) for _ in range(num_rounds)]
+        forms = [partial(form, *inputs) for form in (self._usual, self._compiled)]
+        times = [[time_ms(form, self._device) for form in forms] for _ in range(num_rounds)]
         usual_ms, compiled_ms = map(min, zip(*times, strict=True))
         difference, largest = (usual - compiled).abs().max(), usual.abs().max()
         ratio = compiled_ms / usual_ms
@@ -135,20 +133,6 @@ class Bench:
 
     def _spread(self, network: Callable[..., Any]) -> Callable[..., Any]:
         return Graphed(network) if self._rows is None else self._rows.wrap(network)
-
-    def _make_inputs(self, num_rows: int) -> tuple[Tensor, ...]:
-        return tuple(make_inputs(self._subject, num_rows, self._device, self._dtype))
-
-    def _time(self, network: Callable[..., Any], inputs: tuple[Tensor, ...]) -> float:
-        self._wait()
-        started_s = time.perf_counter()
-        network(*inputs)
-        self._wait()
-        return (time.perf_counter() - started_s) * 1000
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -13,23 +13,23 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.diffusers_loop import hush_libraries, parse_dtype
-from benchmarks.full_size import SDXL_UNET
 from benchmarks.machine import REPOSITORY
 from benchmarks.report import print_table, write_report
+from benchmarks.unets import NAMES, Subject, make_subject, time_ms
 from models.catalog import StyleLora, get_spec, load_catalog
+from models.families.latent_diffusion import unet_network
 from models.graphs import Graphed
 from models.loading import default_device
 from models.lora_files import LoraReader
@@ -39,26 +39,6 @@ from models.tracing import Traced
 
 TOUCHED = ("to_q", "to_k", "to_v", "to_out.0", "proj", "ff.net.2")
 NUM_LORAS = 2
-MID_UNET = SDXL_UNET | {
-    "block_out_channels": (128, 256, 512),
-    "attention_head_dim": (2, 4, 8),
-    "cross_attention_dim": 512,
-    "transformer_layers_per_block": (1, 1, 2),
-    "projection_class_embeddings_input_dim": 6 * 256 + 256,
-}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A UNet and how large its latents are."""
-
-    name: str
-    unet: Any
-    side: int
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.unet.parameters())
 
 
 @dataclass(frozen=True)
@@ -99,7 +79,7 @@ def main() -> None:
     switches: list[SwitchRow] = []
     for name in options.networks:
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            bench = Bench(make_subject(name, device, dtype), device, dtype, Path(folder), options.rank)
+            bench = Bench(make_subject(name, device, dtype), Path(folder), options.rank)
             switches.append(bench.measure_switches(options.rounds))
             print_table(switches[-1:])
             steps += [bench.measure_steps(rows, options.rounds) for rows in options.rows]
@@ -109,7 +89,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=["mini", "mid", "full"], default=["mini", "mid"])
+    parser.add_argument("--networks", nargs="+", choices=NAMES, default=["mini", "mid"])
     parser.add_argument("--device", default=str(default_device()))
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4])
@@ -119,36 +99,23 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """The bundled UNet, one of SDXL's layout in between (latents of 256x256), SDXL's own size (512x512)."""
-    torch.manual_seed(0)
-    if name == "mini":
-        unet = UNet2DConditionModel.from_pretrained(
-            REPOSITORY / "models" / "bundled" / "mini-sd" / "unet", variant="fp16", dtype=dtype
-        )
-        return Subject(name, settle(unet, device), unet.config.sample_size)
-    with device:
-        unet = UNet2DConditionModel(**(MID_UNET if name == "mid" else SDXL_UNET)).to(dtype)
-    return Subject(name, settle(unet, device), 32 if name == "mid" else 64)
-
-
 class Bench:
     """One UNet, two LoRAs of it as files, and copies of it with one and with both as adapters."""
 
-    def __init__(self, subject: Subject, device: torch.device, dtype: torch.dtype, folder: Path, rank: int) -> None:
-        self._subject, self._device, self._dtype = subject, device, dtype
+    def __init__(self, subject: Subject, folder: Path, rank: int) -> None:
+        self._subject, self._device = subject, subject.unet.device
         self._paths = [write_lora(subject.unet, folder / f"{index}.safetensors", rank) for index in range(NUM_LORAS)]
         entries = {path.stem: make_entry(path) for path in self._paths}
         networks: dict[str, nn.Module] = {"unet": subject.unet}
         spec = get_spec(load_catalog(), "mini-lcm")
         self._reader = LoraReader(spec, StableDiffusionXLPipeline, networks)
-        self._loras = StyleLoras(subject.name, entries, device, networks, self._reader)
+        self._loras = StyleLoras(subject.name, entries, self._device, networks, self._reader)
         self._entries = list(entries.values())
         self._adapted = [self._with_adapters(count + 1) for count in range(NUM_LORAS)]
-        self._recorded = [record(unet, device) for unet in (subject.unet, *self._adapted)]
+        self._recorded = [self._record(unet) for unet in (subject.unet, *self._adapted)]
 
     def measure_steps(self, num_rows: int, num_rounds: int) -> StepRow:
-        inputs = make_inputs(self._subject, num_rows, self._device, self._dtype)
+        inputs = self._subject.make_inputs(num_rows)
         networks = self._recorded
         for network in networks:
             for _ in range(3):
@@ -194,14 +161,14 @@ class Bench:
     def _measure_adapters(self, strength: float) -> float:
         """Another strength of an adapter that is there already."""
         unet = self._adapted[0]
-        inputs = make_inputs(self._subject, 1, self._device, self._dtype)
+        inputs = self._subject.make_inputs(1)
 
         def switch() -> None:
             unet.set_adapters(["0"], [strength])
             unet.requires_grad_(False)  # which choosing an adapter turns on
             network(*inputs)
 
-        network = record(unet, self._device)
+        network = self._record(unet)
         first_ms = self._time(switch)
         network(*inputs)
         return max(0.0, first_ms - self._time(lambda: network(*inputs)))
@@ -218,42 +185,11 @@ class Bench:
         return settle(unet, self._device)
 
     def _time(self, work: Callable[[], Any]) -> float:
-        self._wait()
-        started_s = time.perf_counter()
-        work()
-        self._wait()
-        return (time.perf_counter() - started_s) * 1000
+        return time_ms(work, self._device)
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
-def record(unet: Any, device: torch.device) -> Callable[..., Tensor]:
-    def network(latents: Tensor, timesteps: Tensor, prompt: Tensor, *added: Tensor) -> Tensor:
-        more = dict(zip(("text_embeds", "time_ids"), added, strict=True)) if added else None
-        output: Tensor = unet(latents, timesteps, prompt, added_cond_kwargs=more, return_dict=False)[0]
-        return output
-
-    return Graphed(network) if device.type == "cuda" else Traced(network)
-
-
-def make_inputs(subject: Subject, num_rows: int, device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:
-    config = subject.unet.config
-    shapes: list[tuple[int, ...]] = [
-        (config.in_channels, subject.side, subject.side),
-        (),
-        (77, config.cross_attention_dim),
-    ]
-    if config.addition_embed_type == "text_time":
-        num_ids = 6
-        shapes += [
-            (config.projection_class_embeddings_input_dim - num_ids * config.addition_time_embed_dim,),
-            (num_ids,),
-        ]
-    inputs = [torch.randn(num_rows, *shape, device=device).to(dtype) for shape in shapes]
-    inputs[1] = torch.full((num_rows,), 999.0, device=device)
-    return inputs
+    def _record(self, unet: Any) -> Callable[..., Tensor]:
+        network = unet_network(unet, self._subject.added_names)
+        return Graphed(network) if self._device.type == "cuda" else Traced(network)
 
 
 def write_lora(unet: nn.Module, path: Path, rank: int) -> Path:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks.loras import Bench, Subject
+from benchmarks.loras import Bench
+from benchmarks.unets import Subject
 from models.networks import settle
 from tests.small_models import make_sdxl_folder
 
@@ -21,7 +22,7 @@ def test_it_measures_every_way_and_leaves_the_network_as_it_was(tmp_path: Path) 
     unet = settle(UNet2DConditionModel.from_pretrained(tmp_path / "sdxl" / "unet"), CPU)
     pristine = [parameter.clone() for parameter in unet.parameters()]
     with torch.inference_mode():
-        bench = Bench(Subject("small", unet, 8), CPU, torch.float32, tmp_path, rank=2)
+        bench = Bench(Subject("small", unet, 8), tmp_path, rank=2)
         switch, step = bench.measure_switches(1), bench.measure_steps(2, 1)
         bench._merge()
     assert min(step.plain_ms, step.merged_ms, step.one_adapter_ms, step.two_adapters_ms) > 0
