@@ -432,16 +432,22 @@ function takeModels(list, name) {
   models.clear();
   for (const model of list.cards) models.set(model.id, model);
   listModels(modelBox, list.cards, card.id);
-  if (list.cards.some(({ state }) => state === "loading")) renewModelsLater();
+  watchLoading();
   return card;
+}
+
+/** Models become ready while the page is open. */
+function watchLoading() {
+  if ([...models.values()].some(({ state }) => state === "loading")) renewModelsLater();
 }
 
 /** A service that was away may have come back with other models. The chosen one stays if it is still there. */
 async function renewModels() {
-  const before = settings.card;
-  if (!before) return;
-  const card = takeModels(await fetchModels(door.headers), before.id);
-  if (!card) return;
+  if (!settings.card) return;
+  const list = await fetchModels(door.headers);
+  const before = settings.card; // another one may have been chosen meanwhile
+  const card = takeModels(list, before.id);
+  if (!card) return watchLoading();
   wanted = card.id;
   if (card.id === before.id) return adapt(before, card);
   useModel(card.id);

@@ -87,8 +87,10 @@ export class Numbers {
     for (const [key] of STAGES) {
       const ms = figures?.stages[key] ?? 0;
       // Each part lies over the whole bar and shows its share: nothing is laid out anew, so nothing moves.
-      const [left, right] = [before, (before += ms)].map((at) => (100 * at) / all);
-      this.byId(`bar-${key}`).style.clipPath = `inset(0 ${100 - right}% 0 calc(${left}% + 1px))`;
+      const after = before + ms;
+      const percent = (/** @type {number} */ at) => `${(100 * at) / all}%`;
+      this.byId(`bar-${key}`).style.clipPath = `inset(0 ${percent(all - after)} 0 calc(${percent(before)} + 1px))`;
+      before = after;
       this.byId(`stage-${key}`).textContent = figures ? `${shortly(ms)} ms` : "–";
     }
     this.byId("drawn").textContent = figures

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.web.pages import (
 )
 
 pytestmark = pytest.mark.xdist_group("service")
+LIST = re.compile("/v1/models$")
 STATE = "#prompt=a+red+apple+on+a+blue+background&seed=7&steps=5&guidance=1.5&negative=a+leaf&scheduler=ddim"
 
 
@@ -47,8 +49,20 @@ class Service:
     def add(self, name: str, **changes: Any) -> None:
         self.models["data"].append(self.models["data"][0] | {"id": name} | changes)
 
+    def restart(self, change: Callable[[], object]) -> None:
+        """As soon as something is asked for: by then there is a `change`."""
+
+        def answer(connection: int, message: dict[str, Any], socket: WebSocketRoute) -> None:
+            if connection == 1:
+                change()
+                socket.close(code=1012, reason="{}")
+            else:
+                socket.send(picture(message["seq"], 1, "lime"))
+
+        self.socket.answer = answer
+
     def prepare(self, page: Page) -> None:
-        page.route(re.compile("/v1/models$"), self.answer)
+        page.route(LIST, self.answer)
         self.socket.prepare(page)
 
     def answer(self, route: Route) -> None:
@@ -150,15 +164,7 @@ def test_a_model_that_was_there_all_along_keeps_its_settings_after_a_reconnect(
     open_page: OpenPage, service_url: str
 ) -> None:
     service = Service(service_url)
-
-    def answer(connection: int, message: dict[str, Any], socket: WebSocketRoute) -> None:
-        if connection == 1:
-            service.add("newcomer")
-            socket.close(code=1012, reason="{}")
-        else:
-            socket.send(picture(message["seq"], 1, "lime"))
-
-    service.socket.answer = answer
+    service.restart(lambda: service.add("newcomer"))
     page = open_page(service.prepare, state="#steps=7&prompt=tree")
     shows_final(page, "tree")
     expect(page.locator("#model option")).to_have_count(2)
@@ -181,6 +187,35 @@ def test_a_model_that_becomes_ready_later_can_be_chosen_then(open_page: OpenPage
     assert service.newest["model"] == "late"
 
 
+def test_a_choice_made_while_the_list_is_on_its_way_stays(open_page: OpenPage, service_url: str) -> None:
+    service = Service(service_url)
+    service.add("late", ready=False, state="loading")
+    service.add("other")
+    page = open_page(service.prepare, state="#prompt=tree")
+    shows_final(page, "tree")
+    held: list[Route] = []
+    page.route(LIST, held.append, times=1)
+    with page.expect_request(LIST):
+        pass
+    page.get_by_label("Model").select_option("other")
+    service.models["data"][1] |= {"ready": True, "state": "warm"}
+    service.answer(held[0])
+    expect(page.locator("#model option")).to_have_text(["mini-lcm", "late", "other"])
+    expect(page.get_by_label("Model")).to_have_value("other")
+
+
+def test_a_list_that_did_not_come_is_asked_for_again(open_page: OpenPage, service_url: str) -> None:
+    service = Service(service_url)
+    service.add("late", ready=False, state="loading")
+    page = open_page(service.prepare, state="#prompt=tree")
+    shows_final(page, "tree")
+    page.route(LIST, lambda route: route.fulfill(status=503, body=""), times=1)
+    with page.expect_response(lambda response: response.status == 503):
+        pass
+    service.models["data"][1] |= {"ready": True, "state": "warm"}
+    expect(page.locator("#model option")).to_have_text(["mini-lcm", "late"])
+
+
 def test_a_link_to_a_model_that_is_being_loaded_waits_for_it(open_page: OpenPage, service_url: str) -> None:
     service = Service(service_url)
     service.add("late", ready=False, state="loading")
@@ -193,20 +228,13 @@ def test_a_link_to_a_model_that_is_being_loaded_waits_for_it(open_page: OpenPage
 
 def test_a_model_that_came_back_with_other_limits_brings_them(open_page: OpenPage, service_url: str) -> None:
     service = Service(service_url)
-
-    def answer(connection: int, message: dict[str, Any], socket: WebSocketRoute) -> None:
-        if connection == 1:
-            service.models["data"][0]["num_inference_steps"] = {"default": 2, "min": 1, "max": 3}
-            socket.close(code=1012, reason="{}")
-        else:
-            socket.send(picture(message["seq"], 1, "lime"))
-
-    service.socket.answer = answer
+    steps = {"default": 2, "min": 1, "max": 3}
+    service.restart(lambda: service.models["data"][0].update(num_inference_steps=steps))
     page = open_page(service.prepare, state="#steps=7&prompt=tree")
     shows_final(page, "tree")
-    steps = page.get_by_label("Steps")
-    expect(steps).to_have_attribute("max", "3")
-    expect(steps).to_have_value("3")
+    slider = page.get_by_label("Steps")
+    expect(slider).to_have_attribute("max", "3")
+    expect(slider).to_have_value("3")
     expect(page.locator("#message")).to_contain_text("mini-lcm has other limits now")
 
 
