@@ -15,15 +15,14 @@ PREFIX = "network."  # of the weights' names in a package
 
 
 def load(package: Package, network: nn.Module, device: torch.device, num_threads: int) -> Run:
-    """`num_threads` may call it at the same time; on a GPU only one.
+    """`num_threads` may call it at the same time; on a GPU it is one.
 
     What changes in the network's weights changes this too. They stay in memory until the process ends. Raises
     CompileError, OSError or RuntimeError for a package that isn't of this network.
     """
     _load_library(package.library)
-    is_gpu = device.type == "cuda"
-    index = -1 if device.index is None else device.index
-    compiled: Any = torch.classes.fewstep.Network(str(package.path), is_gpu, 1 if is_gpu else num_threads, index)
+    is_gpu, index = device.type == "cuda", -1 if device.index is None else device.index
+    compiled: Any = torch.classes.fewstep.Network(str(package.path), is_gpu, num_threads, index)
     compiled.use_weights(_choose(weights_of(network), compiled.weight_names()))
 
     def run(*inputs: Tensor) -> Tensor:
