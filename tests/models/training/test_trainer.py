@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from models.training.errors import CheckpointError, Diverged, Interrupted
 from models.training.trainer import CHECKPOINT, LOG, Trainer, TrainSettings
-from tests.training_data import losses, settings
+from tests.training_data import full_disk, losses, settings
 
 
 def make_trainer(out: Path, plan: TrainSettings, **identity: object) -> Trainer:
@@ -198,17 +196,6 @@ def test_weights_that_are_no_numbers_are_neither_kept_nor_shown(tmp_path: Path) 
         trainer.fit(loss_of(trainer), on_save=lambda: shown.append(trainer.step))
     assert not (tmp_path / CHECKPOINT).exists()
     assert not shown
-
-
-@contextmanager
-def full_disk(num_bytes: int) -> Iterator[None]:
-    """No file can grow beyond this."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_former_checkpoint(tmp_path: Path) -> None:
