@@ -34,7 +34,7 @@ from benchmarks.memory import META
 from benchmarks.report import print_table, write_report
 from models.catalog import Size
 from models.training.diffusion import Diffusion, build_scheduler
-from models.training.lcm import Consistency, FullStudent, LcmSettings, LoraStudent, Student
+from models.training.lcm import Consistency, FullStudent, GuidedStudent, LcmSettings, LoraStudent
 from models.training.teachers import Conditions
 from models.training.trainer import Compute
 
@@ -90,12 +90,12 @@ def estimate(
     return Memory(name, kind, batch_size, checkpointing, trained / 1e6, weights, step, weights + step)
 
 
-def make_student(architecture: Architecture, rank: int | None) -> Student:
+def make_student(architecture: Architecture, rank: int | None) -> GuidedStudent:
     unet = diffusers.UNet2DConditionModel(**architecture.unet).requires_grad_(False)
     return FullStudent(unet, torch.bfloat16) if rank is None else LoraStudent(unet.to(torch.bfloat16), rank)
 
 
-def take_step(student: Student, architecture: Architecture, size: Size, batch_size: int) -> None:
+def take_step(student: GuidedStudent, architecture: Architecture, size: Size, batch_size: int) -> None:
     """Teacher, target, student, gradients: as models.training.lcm.Distiller does it."""
     consistency = Consistency(LcmSettings(), Diffusion(build_scheduler(), META), FULL_PRECISION)
     width, height = (side // 8 for side in size)

@@ -25,10 +25,10 @@ from benchmarks.distill_memory import (
 from benchmarks.full_size import Architecture, Peak
 from benchmarks.memory import META
 from models.catalog import Size
-from models.training.add import AddSettings, Adversary, Student, WholeStudent, build_heads
+from models.training.add import AddSettings, Adversary, WholeStudent, build_heads
 from models.training.diffusion import Diffusion, build_scheduler
 from models.training.features import TeacherFeatures
-from models.training.lcm import LoraStudent
+from models.training.lcm import LoraStudent, Student
 from models.training.pictures import Batch
 from models.training.trainer import Compute
 

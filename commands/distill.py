@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:  # torch comes with it
+    from commands.distilling import Options
 
 distill_app = typer.Typer(help="Makes few-step models of your own, to be served by fewstep.", no_args_is_help=True)
 
@@ -47,15 +52,25 @@ CheckpointingOption = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Much less memory for about a third more time per step."),
 ]
-PicturesOption = Annotated[int, typer.Option(min=1, help="How many pictures to paint, for --data mini.")]
-SampleOption = Annotated[
+PaintedOption = Annotated[int, typer.Option("--pictures", min=1, help="How many pictures to paint, for --data mini.")]
+PromptsOption = Annotated[
     list[str] | None,
-    typer.Option(help="A prompt to draw at 1, 2 and 4 steps with each checkpoint; may be given several times."),
+    typer.Option(
+        "--sample", help="A prompt to draw at 1, 2 and 4 steps with each checkpoint; may be given several times."
+    ),
 ]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Same seed, same run.")]
 CacheOption = Annotated[
     Path | None, typer.Option(help="Where encoded pictures are kept; in OUT if none. Runs may share it.")
 ]
 NameOption = Annotated[str | None, typer.Option(help="What the catalog shall call the model; the name of OUT if none.")]
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    """Of all that a command was given, what every distillation is told."""
+    from commands.distilling import Options
+
+    return Options(**{field.name: given[field.name] for field in fields(Options)})
 
 
 @distill_app.command()
@@ -83,13 +98,13 @@ def lcm(
     ] = (3.0, 15.0),
     ema_decay: EmaDecayOption = 0.95,
     caption_dropout: DropoutOption = 0.1,
-    seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
+    seed: SeedOption = 0,
     save_every: SaveEveryOption = 500,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     gradient_checkpointing: CheckpointingOption = False,
-    sample: SampleOption = None,
-    pictures: PicturesOption = 10_000,
+    prompts: PromptsOption = None,
+    num_painted: PaintedOption = 10_000,
     cache: CacheOption = None,
     name: NameOption = None,
 ) -> None:
@@ -100,33 +115,13 @@ def lcm(
 
     Example: fewstep distill lcm ./my-model --data ./pictures --out ./my-lcm --sample "a red fox in snow"
     """
+    given = dict(locals())
     from commands.console import hush_libraries
 
     hush_libraries()  # before anything of them is imported that prints
-    from commands.distilling import Options, distill_lcm
+    from commands.lcm import distill_lcm
 
-    options = Options(
-        teacher=teacher,
-        data=data,
-        out=out,
-        steps=steps,
-        size=size,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        rate=rate,
-        ema_decay=ema_decay,
-        caption_dropout=caption_dropout,
-        seed=seed,
-        save_every=save_every,
-        device=device,
-        dtype=dtype,
-        gradient_checkpointing=gradient_checkpointing,
-        prompts=tuple(sample or ()),
-        num_painted=pictures,
-        cache=cache,
-        name=name,
-    )
-    distill_lcm(options, rank=None if full else rank, solver_timesteps=solver_timesteps, guidance=guidance)
+    distill_lcm(_options(given), rank=None if full else rank, solver_timesteps=solver_timesteps, guidance=guidance)
 
 
 @distill_app.command()
@@ -170,14 +165,14 @@ def turbo(
     heads_rate: Annotated[float, typer.Option(min=1e-9, help="Learning rate of the discriminator.")] = 1e-4,
     ema_decay: EmaDecayOption = 0.998,
     caption_dropout: DropoutOption = 0.1,
-    seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
+    seed: SeedOption = 0,
     save_every: SaveEveryOption = 500,
     half: Annotated[bool, typer.Option("--fp16/--fp32", help="Precision of the files that are written.")] = True,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     gradient_checkpointing: CheckpointingOption = False,
-    sample: SampleOption = None,
-    pictures: PicturesOption = 10_000,
+    prompts: PromptsOption = None,
+    num_painted: PaintedOption = 10_000,
     cache: CacheOption = None,
     name: NameOption = None,
 ) -> None:
@@ -188,36 +183,15 @@ def turbo(
 
     Example: fewstep distill turbo ./my-model --data ./pictures --out ./my-turbo --lora 64
     """
+    given = dict(locals())
     from commands.console import hush_libraries
 
     hush_libraries()
-    from commands.distilling import Options
     from commands.turbo import TurboOptions, distill_turbo
     from models.training.add import AddSettings
 
-    options = Options(
-        teacher=teacher,
-        data=data,
-        out=out,
-        steps=steps,
-        size=size,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        rate=rate,
-        ema_decay=ema_decay,
-        caption_dropout=caption_dropout,
-        seed=seed,
-        save_every=save_every,
-        device=device,
-        dtype=dtype,
-        gradient_checkpointing=gradient_checkpointing,
-        prompts=tuple(sample or ()),
-        num_painted=pictures,
-        cache=cache,
-        name=name,
-    )
     settings = AddSettings(timesteps, distillation, guidance, r1, heads_rate)
-    distill_turbo(options, TurboOptions(features, lora, lora_only, half), settings)
+    distill_turbo(_options(given), TurboOptions(features, lora, lora_only, half), settings)
 
 
 Weights = Annotated[str, typer.Argument(help="A folder of diffusers, a UNet's folder, or an entry of the catalog.")]

@@ -1,39 +1,40 @@
-"""What the programs of fewstep distill share, and the LCM's: open the teacher, encode the data, train, write, say."""
+"""What the programs of fewstep distill share: open the teacher, encode the data, make a student, write, say."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import typer
-from diffusers import LCMScheduler
+from safetensors import SafetensorError
 
 from commands.console import fail, one_line_errors, say
 from models.catalog import load_catalog
 from models.catalog.specs import LATENT_UNIT
 from models.loading import LoadError, default_device, default_dtype
+from models.networks import first_line
 from models.sources import SourceError
-from models.training.entries import full_lcm_entry, lcm_lora_entry, save_table
+from models.training.entries import save_table
 from models.training.errors import Interrupted, TrainingError
 from models.training.exporting import copy_unet, save_pipeline
-from models.training.lcm import RUN, Distiller, FullStudent, LcmSettings, LoraStudent, save_lora
+from models.training.lcm import RUN, LoraStudent, Student, save_lora
 from models.training.mini.painting import drawable_vocabulary, paint
 from models.training.pictures import Batches, PictureCache, encode_pictures, find_pictures
 from models.training.samples import SampleSheet
 from models.training.teachers import NAMES, Encoders, Size, Teacher, open_teacher
-from models.training.trainer import Compute, Identity, TrainSettings
+from models.training.trainer import Compute, Identity, Trainer, TrainSettings
 from workers.settings import WorkerSettings
 
 MINI = "mini"
 BATCH_SIZES = {"sd": 8, "sdxl": 4}
-LORA_RATE, FULL_RATE = 1e-4, 8e-6
-SAVED_DTYPE = torch.float16
 OUT_OF_MEMORY = "can't allocate memory"  # torch on a CPU, where it is a plain RuntimeError
+
+Whole = TypeVar("Whole", bound=Student)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Options:
     device: str | None
     dtype: str | None
     gradient_checkpointing: bool
-    prompts: tuple[str, ...]
+    prompts: Sequence[str] | None
     num_painted: int
     cache: Path | None
     name: str | None
@@ -69,6 +70,7 @@ class Session:
         settings = WorkerSettings.load()
         self.compute = choose_compute(options.device, options.dtype)
         self.teacher = open_teacher(options.teacher, load_catalog(settings.catalog, settings.extra_catalog))
+        _check_out(options.out, self.teacher)
         self.size = _parse_size(options.size, self.teacher)
         self.batch_size = options.batch_size or BATCH_SIZES[self.teacher.layout]
         width, height = self.size
@@ -81,7 +83,52 @@ class Session:
         """Of frozen networks: a GPU holds them in what it computes in."""
         return self.compute.dtype if self.compute.device.type == "cuda" else torch.float32
 
-    def load_batches(self, encoders: Encoders) -> Batches:
+    def encode(self, scheduler: Any, guidance_scale: float) -> tuple[Batches, SampleSheet | None]:
+        """What to learn from, and the sheet of the prompts, if there are any. The encoders leave memory with it."""
+        encoders, prompts = self.teacher.load_encoders(self.compute.device), self.options.prompts
+        batches = self._load_batches(encoders)
+        return batches, SampleSheet(prompts, encoders, self.size, scheduler, guidance_scale) if prompts else None
+
+    def make_student(self, rank: int | None, whole: Callable[[Any, torch.dtype], Whole]) -> LoraStudent | Whole:
+        """A LoRA of this rank, or a `whole` network."""
+        teacher, device = self.teacher, self.compute.device
+        torch.manual_seed(self.options.seed)
+        student: LoraStudent | Whole
+        if rank is not None:
+            student = LoraStudent(teacher.load_unet(device, self.weights_dtype), rank)
+        else:
+            student = whole(teacher.load_unet(device, torch.float32), self.weights_dtype)
+        if self.options.gradient_checkpointing:
+            student.unet.enable_gradient_checkpointing()
+            with student.teacher() as frozen:
+                frozen.enable_gradient_checkpointing()
+        num_trained = sum(weight.numel() for weight in student.unet.parameters() if weight.requires_grad)
+        what = "a whole network" if rank is None else f"a LoRA of rank {rank}"
+        say(f"student: {what}, {num_trained:,} weights to train")
+        return student
+
+    def saving(
+        self, student: Student, scheduler: Any, dtype: torch.dtype, sheet: SampleSheet | None, trainer: Trainer
+    ) -> Callable[[], None]:
+        """What is done at each checkpoint: write the result, and the sheet."""
+
+        def save() -> None:
+            self._write(student, scheduler, dtype)
+            if sheet is not None:
+                path = self.options.out / RUN / "samples" / f"step-{trainer.step:06}.png"
+                sheet.save(student.unet, self.compute, path)
+
+        return save
+
+    def _write(self, student: Student, scheduler: Any, dtype: torch.dtype) -> None:
+        out = self.options.out
+        if isinstance(student, LoraStudent):
+            save_lora(student.unet, out, dtype)
+            scheduler.save_pretrained(out)
+        else:
+            save_pipeline(self.teacher.build_pipeline(copy_unet(student.unet, dtype), scheduler, dtype), out)
+
+    def _load_batches(self, encoders: Encoders) -> Batches:
         """Encodes the pictures, unless an earlier run did."""
         options, cache = self.options, self.options.cache or self.options.out / RUN / "cache"
         if options.data == MINI:
@@ -132,82 +179,6 @@ class Session:
         say(f"FEWSTEP_EXTRA_CATALOG={shlex.quote(str(path))} fewstep serve --model {shlex.quote(name)}")
 
 
-def distill_lcm(options: Options, rank: int | None, solver_timesteps: int, guidance: tuple[float, float]) -> None:
-    """`rank` of the LoRA; None for a whole network."""
-    with told(options, "leave --full out" if rank is None else f"lower --rank ({rank} now)"):
-        _check_guidance(guidance)
-        session = Session(options)
-        teacher, compute = session.teacher, session.compute
-        scheduler = teacher.build_scheduler(LCMScheduler, original_inference_steps=solver_timesteps)
-        encoders = teacher.load_encoders(compute.device)
-        batches = session.load_batches(encoders)
-        sheet = make_sheet(session, encoders, scheduler, 0.0 if rank else sum(guidance) / 2)
-        del encoders
-        student = _make_student(session, rank)
-        distiller = Distiller(
-            student,
-            teacher.build_diffusion(compute.device),
-            batches,
-            options.out,
-            session.train_settings(LORA_RATE if rank else FULL_RATE),
-            LcmSettings(solver_timesteps, *guidance),
-            compute,
-            {**session.identity, "rank": rank},
-        )
-
-        def save() -> None:
-            _save(session, student, scheduler)
-            if sheet is not None:
-                step = distiller.trainer.step
-                sheet.save(student.unet, compute, options.out / RUN / "samples" / f"step-{step:06}.png")
-
-        distiller.distill(save)
-        session.announce(_entry_of(session, student, solver_timesteps, guidance))
-
-
-def make_sheet(session: Session, encoders: Encoders, scheduler: Any, guidance_scale: float) -> SampleSheet | None:
-    prompts = session.options.prompts
-    return SampleSheet(prompts, encoders, session.size, scheduler, guidance_scale) if prompts else None
-
-
-def _make_student(session: Session, rank: int | None) -> LoraStudent | FullStudent:
-    teacher, device = session.teacher, session.compute.device
-    torch.manual_seed(session.options.seed)
-    student: LoraStudent | FullStudent
-    if rank is not None:
-        student = LoraStudent(teacher.load_unet(device, session.weights_dtype), rank)
-    else:
-        student = FullStudent(teacher.load_unet(device, torch.float32), session.weights_dtype)
-    if session.options.gradient_checkpointing:
-        student.unet.enable_gradient_checkpointing()
-    say_student(student.unet, rank)
-    return student
-
-
-def say_student(unet: Any, rank: int | None) -> None:
-    num_trained = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
-    what = "a whole network" if rank is None else f"a LoRA of rank {rank}"
-    say(f"student: {what}, {num_trained:,} weights to train")
-
-
-def _save(session: Session, student: LoraStudent | FullStudent, scheduler: Any) -> None:
-    out, teacher = session.options.out, session.teacher
-    if isinstance(student, LoraStudent):
-        save_lora(student.unet, out, SAVED_DTYPE)
-        scheduler.save_pretrained(out)
-    else:
-        save_pipeline(teacher.build_pipeline(copy_unet(student.unet, SAVED_DTYPE), scheduler, SAVED_DTYPE), out)
-
-
-def _entry_of(
-    session: Session, student: LoraStudent | FullStudent, solver_timesteps: int, guidance: tuple[float, float]
-) -> dict[str, Any]:
-    teacher, size, out = session.teacher, session.size, session.options.out
-    if isinstance(student, LoraStudent):
-        return lcm_lora_entry(teacher, size, out, solver_timesteps)
-    return full_lcm_entry(teacher, size, out, solver_timesteps, guidance)
-
-
 @contextmanager
 def told(options: Options, last_way: str) -> Iterator[None]:
     """Whatever ends a distillation early is one line. `last_way` is what else needs less memory."""
@@ -216,6 +187,8 @@ def told(options: Options, last_way: str) -> Iterator[None]:
             yield
     except (TrainingError, LoadError, SourceError) as error:
         fail(str(error))
+    except SafetensorError as error:
+        fail(f"weights can't be written or read; is the disk full? {first_line(error)}")
     except Interrupted as stop:
         say(f"{stop}. The same command goes on there.", "bold yellow")
         raise typer.Exit(130) from stop
@@ -252,6 +225,17 @@ def _best_dtype(device: torch.device) -> torch.dtype:
     return default_dtype(device)
 
 
+def _check_out(out: Path, teacher: Teacher) -> None:
+    """Raises TrainingError where the result would take a model's place."""
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"--out {out} is a file: a folder is needed")
+    written = {folder.resolve() for folder in (out, *(out / name for name in teacher.networks))}
+    if written & {folder.resolve() for _, folder in teacher.networks.values()}:
+        raise TrainingError(f"--out {out} is the teacher's own folder, which would be overwritten: give another one")
+    if (out / "model_index.json").exists() and not (out / RUN).exists():
+        raise TrainingError(f"--out {out} has another model in it, which would be overwritten: give another folder")
+
+
 def _parse_size(text: str | None, teacher: Teacher) -> Size:
     """ "512" or "768x512"."""
     if text is None:
@@ -262,12 +246,6 @@ def _parse_size(text: str | None, teacher: Teacher) -> Size:
     ):
         raise TrainingError(f"--size {text}: N or WxH is needed, in multiples of {LATENT_UNIT} pixels")
     return int(sides[0]), int(sides[1])
-
-
-def _check_guidance(guidance: tuple[float, float]) -> None:
-    low, high = guidance
-    if not 1 <= low <= high:
-        raise TrainingError(f"--guidance {low:g} {high:g}: two numbers are needed, 1 <= LOW <= HIGH")
 
 
 def _name_of(dtype: torch.dtype) -> str:

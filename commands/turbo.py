@@ -10,24 +10,16 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from commands.console import fail, format_bytes, one_line_errors, say
-from commands.distilling import Options, Session, choose_compute, make_sheet, say_student, told
+from commands.distilling import Options, Session, choose_compute, told
 from models.catalog import load_catalog
 from models.loading import LoadError
 from models.sources import SourceError, locate
-from models.training.add import (
-    AddDistiller,
-    AddSettings,
-    Student,
-    WholeStudent,
-    build_scheduler,
-    student_timesteps,
-)
+from models.training.add import AddDistiller, AddSettings, WholeStudent, build_scheduler, student_timesteps
 from models.training.entries import save_table, turbo_entry, turbo_lora_entry
 from models.training.errors import ExtractError, TrainingError
-from models.training.exporting import copy_unet, save_pipeline
 from models.training.extract import Extract, Weights, extract
 from models.training.features import TEACHER, Features, TeacherFeatures, load_classifier
-from models.training.lcm import RUN, LoraStudent, save_lora
+from models.training.lcm import Student
 from workers.settings import WorkerSettings
 
 LORA_RATE, WHOLE_RATE = 1e-4, 1e-5
@@ -58,11 +50,8 @@ def distill_turbo(options: Options, own: TurboOptions, settings: AddSettings) ->
         session = Session(options)
         teacher, compute = session.teacher, session.compute
         scheduler = build_scheduler(teacher)
-        encoders = teacher.load_encoders(compute.device)
-        batches = session.load_batches(encoders)
-        sheet = make_sheet(session, encoders, scheduler, 0.0)
-        del encoders
-        student = _make_student(session, own)
+        batches, sheet = session.encode(scheduler, 0.0)
+        student = session.make_student(rank, WholeStudent)
         distiller = AddDistiller(
             student,
             _make_features(session, student, own.features),
@@ -75,35 +64,12 @@ def distill_turbo(options: Options, own: TurboOptions, settings: AddSettings) ->
             compute,
             {**session.identity, "lora_only": rank},
         )
-
-        def save() -> None:
-            _save(session, student, scheduler, own)
-            if sheet is not None:
-                step = distiller.trainer.step
-                sheet.save(student.unet, compute, options.out / RUN / "samples" / f"step-{step:06}.png")
-
-        distiller.distill(save)
+        distiller.distill(session.saving(student, scheduler, own.saved_dtype, sheet, distiller.trainer))
         if own.lora:
             with distiller.trainer.averaged_weights():
                 _extract_student(session, student, scheduler, own, settings.student_timesteps)
         make_entry = turbo_entry if rank is None else turbo_lora_entry
         session.announce(make_entry(teacher, session.size, options.out, settings.student_timesteps))
-
-
-def _make_student(session: Session, own: TurboOptions) -> Student:
-    teacher, device = session.teacher, session.compute.device
-    torch.manual_seed(session.options.seed)
-    student: Student
-    if own.lora_only is not None:
-        student = LoraStudent(teacher.load_unet(device, session.weights_dtype), own.lora_only)
-    else:
-        student = WholeStudent(teacher.load_unet(device, torch.float32), session.weights_dtype)
-    if session.options.gradient_checkpointing:
-        student.unet.enable_gradient_checkpointing()
-        with student.teacher() as frozen:
-            frozen.enable_gradient_checkpointing()
-    say_student(student.unet, own.lora_only)
-    return student
 
 
 def _make_features(session: Session, student: Student, chosen: str) -> Features:
@@ -112,15 +78,6 @@ def _make_features(session: Session, student: Student, chosen: str) -> Features:
         with student.teacher() as frozen:
             return TeacherFeatures(frozen, session.teacher.build_diffusion(compute.device), compute)
     return load_classifier(Path(chosen), compute)
-
-
-def _save(session: Session, student: Student, scheduler: Any, own: TurboOptions) -> None:
-    out, dtype = session.options.out, own.saved_dtype
-    if own.lora_only:
-        save_lora(student.unet, out, dtype)
-        scheduler.save_pretrained(out)
-    else:
-        save_pipeline(session.teacher.build_pipeline(copy_unet(student.unet, dtype), scheduler, dtype), out)
 
 
 def _extract_student(session: Session, student: Student, scheduler: Any, own: TurboOptions, num_steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import subprocess
@@ -15,10 +16,11 @@ import torch
 import typer
 from PIL import Image
 
-from commands.distilling import Options, distill_lcm, told
+from commands.distilling import Options, told
+from commands.lcm import distill_lcm
 from tests.small_models import make_sd_folder, make_sdxl_folder
 from tests.test_cli import fewstep
-from tests.training_data import write_pictures
+from tests.training_data import full_disk, write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def options(root: Path, out: Path, **changes: Any) -> Options:
         "device": "cpu",
         "dtype": "float32",
         "gradient_checkpointing": False,
-        "prompts": (),
+        "prompts": None,
         "num_painted": 8,
         "cache": None,
         "name": None,
@@ -141,6 +143,7 @@ def test_a_finished_run_writes_its_result_again_and_encodes_nothing(
         ({"size": "32x"}, ("--size 32x", "N or WxH")),
         ({"guidance": (5.0, 3.0)}, ("--guidance 5 3", "1 <= LOW <= HIGH")),
         ({"guidance": (0.0, 3.0)}, ("--guidance 0 3", "1 <= LOW <= HIGH")),
+        ({"guidance": (3.0, math.inf)}, ("--guidance 3 inf", "1 <= LOW <= HIGH")),
         ({"device": "cuda:99"}, ("--device cuda:99",)),
         ({"device": "toaster"}, ("--device toaster",)),
         ({"data": "nowhere"}, ("there is no folder nowhere",)),
@@ -157,6 +160,36 @@ def test_a_wrong_option_is_named(
     assert line.startswith("fewstep: ")
     for word in words:
         assert word in line
+
+
+def refusal(root: Path, out: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
+    with pytest.raises(typer.Exit) as ended:
+        distil(root, out, **changes)
+    assert ended.value.exit_code == 78
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("out", "teacher", "reason"),
+    [
+        ("sd", "sd", "is the teacher's own folder, which would be overwritten"),
+        ("sd/unet", "sd", "is the teacher's own folder"),
+        ("sdxl", "sd", "has another model in it, which would be overwritten"),
+        ("pictures/0.png", "sd", "is a file: a folder is needed"),
+    ],
+)
+def test_no_other_model_is_overwritten(
+    root: Path, out: str, teacher: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert f"--out {root / out} {reason}" in refusal(root, root / out, capsys, teacher=str(root / teacher))
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_a_full_disk_is_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While pictures are encoded."""
+    with full_disk(1000):
+        assert "weights can't be written or read; is the disk full? " in refusal(root, tmp_path / "out", capsys)
 
 
 def test_other_settings_for_a_begun_run_are_one_line(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,3 +82,14 @@ def assert_lower(folder: Path, share: float) -> None:
     values = losses(folder)
     fifth = max(1, len(values) // 5)
     assert sum(values[-fifth:]) < share * sum(values[:fifth])
+
+
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """No file can grow beyond this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

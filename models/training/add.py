@@ -9,11 +9,11 @@ Two judges say what it should have been: heads on frozen features, trained besid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from models.training.diffusion import Diffusion
 from models.training.errors import TeacherError
 from models.training.features import Features
 from models.training.heads import Heads, deceive, r1_penalty, tell_apart
-from models.training.lcm import RUN, guided
+from models.training.lcm import RUN, Student, guided
 from models.training.pictures import Batch, Batches
 from models.training.teachers import Conditions, Teacher, call_unet
 from models.training.trainer import Compute, Identity, Trainer, TrainSettings
@@ -64,15 +64,6 @@ def student_timesteps(scheduler: Any, count: int) -> list[int]:
     """The timesteps of `count` sampling steps, falling: what the student is trained at."""
     scheduler.set_timesteps(count)
     return [int(timestep) for timestep in scheduler.timesteps]
-
-
-class Student(Protocol):
-    """What is trained, and the frozen teacher beside it or inside it."""
-
-    unet: Any
-
-    def teacher(self) -> AbstractContextManager[Any]:
-        """The teacher's network, within a `with`."""
 
 
 class WholeStudent:

@@ -76,15 +76,20 @@ def turbo_lora_entry(teacher: Teacher, size: Size, lora: Path, num_steps: int) -
 
 
 def _turbo_rules(num_steps: int) -> dict[str, Any]:
-    """Its steps are among those that it was distilled at."""
+    """By default as many steps, up to 4, as start at timesteps that it was distilled at."""
     euler = {"class_name": "EulerAncestralDiscreteScheduler", "config": {"timestep_spacing": "trailing"}}
     return {
-        "num_inference_steps": {"default": min(4, num_steps), "min": 1, "max": num_steps},
+        "num_inference_steps": {"default": _most_that_divides(num_steps), "min": 1, "max": num_steps},
         "guidance": "none",
         "guidance_scale": {"default": 0.0, "min": 0.0, "max": 0.0},
         "default_scheduler": "euler-ancestral",
         "schedulers": {"euler-ancestral": euler},
     }
+
+
+def _most_that_divides(num_steps: int) -> int:
+    """Trailing timesteps of n steps are among those of num_steps where n divides it."""
+    return max(steps for steps in range(1, STEPS["default"] + 1) if num_steps % steps == 0)
 
 
 def lcm_schedulers(solver_timesteps: int) -> dict[str, Any]:

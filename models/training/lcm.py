@@ -134,6 +134,10 @@ class Student(Protocol):
     def teacher(self) -> AbstractContextManager[Any]:
         """The teacher's network, within a `with`."""
 
+
+class GuidedStudent(Student, Protocol):
+    """One that may read the guidance scale."""
+
     def embed(self, guidance_scales: Tensor) -> Tensor | None:
         """What the network reads of the scales."""
 
@@ -178,7 +182,7 @@ class Distiller:
 
     def __init__(
         self,
-        student: Student,
+        student: GuidedStudent,
         diffusion: Diffusion,
         batches: Batches,
         out: Path,

@@ -89,7 +89,7 @@ def find_pictures(folder: Path) -> list[Picture]:
 
 
 def _listed(metadata: Path) -> Iterator[Picture]:
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(metadata).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -114,7 +114,15 @@ def _captioned(folder: Path) -> Iterator[Picture]:
             f"write a {METADATA} with file_name and text a line, or a .txt of the same name beside each picture"
         )
     for path in paths:
-        yield Picture(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip())
+        yield Picture(path, _read_text(path.with_suffix(".txt")).strip())
+
+
+def _read_text(path: Path) -> str:
+    """Without the mark that some editors put before it. Raises PicturesError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PicturesError(f"{path} isn't text in UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def prepare(path: Path, size: Size) -> Prepared:

@@ -35,6 +35,7 @@ NAMES: dict[Layout, str] = {"sd": "Stable Diffusion", "sdxl": "SDXL"}
 ADDED: dict[Layout, str | None] = {"sd": None, "sdxl": "text_time"}  # addition_embed_type of the UNet
 LATENT_CHANNELS = 4
 FP16 = "fp16"
+SINGLE_FILE = "is a single file: a teacher has to be a folder that diffusers wrote"
 NETWORK_KEYS = ("source", "revision", "variant", "unet", "vae")  # of a catalog entry
 OTHER_KEYS = ("tiny_vae", "license", "license_note", "license_url")
 
@@ -257,6 +258,8 @@ def open_teacher(name: str, catalog: Mapping[str, ModelSpec]) -> Teacher:
     if name in catalog:
         return _open_entry(catalog[name])
     folder = local_path(name)
+    if folder is not None and folder.is_file():
+        raise TeacherError(f"{name} {SINGLE_FILE}")
     if folder is None or not folder.is_dir():
         raise TeacherError(f"{name}: there is no such folder, and the catalog has only {', '.join(sorted(catalog))}")
     source = name if name.startswith("bundled:") else str(folder.resolve())
@@ -270,7 +273,7 @@ def _open_entry(spec: ModelSpec) -> Teacher:
             "a teacher has to have classifier-free guidance"
         )
     if spec.is_single_file:
-        raise TeacherError(f"{spec.name} is a single file: a teacher has to be a folder that diffusers wrote")
+        raise TeacherError(f"{spec.name} {SINGLE_FILE}")
     replaced = {part: locate(spec, part).path for part in ("unet", "vae") if getattr(spec, part)}
     entry = {key: value for key, value in spec.model_dump(include={*NETWORK_KEYS, *OTHER_KEYS}).items() if value}
     return _open(spec.name, locate(spec, "source").path, replaced, entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import pickle
 import random
 import signal
 import threading
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from models.networks import first_line
 from models.training.errors import CheckpointError, Diverged, Interrupted
 
 CHECKPOINT = "checkpoint.pt"
@@ -132,8 +134,8 @@ class Trainer:
         """Train from the current step up to the plan's end (or `until`); `loss_of` gets the step's number.
 
         At each checkpoint, and where nothing is left to train, `on_save` finds the averaged weights in the model.
-        Whatever random numbers it draws, the training goes on as without it. Raises Diverged, and Interrupted
-        after Ctrl-C.
+        Whatever random numbers it draws, the training goes on as without it. Raises Diverged, Interrupted after
+        Ctrl-C, and CheckpointError where none can be written.
         """
         if self.is_done:
             self._show(on_save)
@@ -176,7 +178,7 @@ class Trainer:
 
     def _log(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {self.step}: try a lower rate than {self.settings.rate:g}")
+            raise Diverged(f"the loss is {loss} at step {self.step}: {self._remedy}")
         path = self.out / LOG
         fresh = not path.exists()
         with path.open("a", newline="") as file:
@@ -210,7 +212,9 @@ class Trainer:
                 on_save()
 
     def save(self) -> None:
-        """Write the checkpoint; a crash in the middle leaves the former one intact."""
+        """Write the checkpoint; a crash in the middle leaves the former one intact. Raises Diverged instead of writing
+        what nothing can go on from, and CheckpointError for a full disk."""
+        self._check_sound()
         state = {
             "identity": self._identity,
             "step": self.step,
@@ -223,15 +227,27 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         unfinished = self.out / f"{CHECKPOINT}.part"
-        torch.save(state, unfinished)
+        try:
+            torch.save(state, unfinished)
+        except RuntimeError as error:  # as torch says it
+            unfinished.unlink(missing_ok=True)
+            raise CheckpointError(f"{unfinished} can't be written; is the disk full? {first_line(error)}") from error
         unfinished.replace(self.out / CHECKPOINT)
+
+    def _check_sound(self) -> None:
+        if not all(bool(weight.isfinite().all()) for weight in self.trainable.values()):
+            raise Diverged(f"weights are no numbers at step {self.step}: {self._remedy}")
+
+    @property
+    def _remedy(self) -> str:
+        return f"try a lower rate than {self.settings.rate:g}"
 
     def resume(self) -> None:
         """Continue from the checkpoint in `out`, if there is one."""
         path = self.out / CHECKPOINT
         if not path.exists():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = _read_checkpoint(path)
         self._check_identity(path, state.get("identity", {}))
         self.step = state["step"]
         self.model.load_state_dict(state["model"], strict=False)
@@ -261,11 +277,14 @@ class Trainer:
                 )
 
     def _forget_later_losses(self) -> None:
-        """Of steps that a crash undid."""
+        """Of steps that a crash undid, and the line that it broke off."""
         path = self.out / LOG
-        if path.exists():
-            head, *rows = path.read_text().splitlines(keepends=True)
-            path.write_text(head + "".join(row for row in rows if int(row.split(",")[0]) <= self.step))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if whole:
+            path.write_text(whole[0] + "".join(row for row in whole[1:] if int(row.split(",")[0]) <= self.step))
+        else:
+            path.unlink(missing_ok=True)
 
 
 class Averages:
@@ -296,6 +315,17 @@ class Averages:
         self._count = state["count"]
         for name, average in self._averages.items():
             average.copy_(state["averages"][name])
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Its weights stay on disk until they are read. Raises CheckpointError for a damaged file."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} can't be read as a checkpoint; delete it to begin anew: {first_line(error)}"
+        ) from error
+    return state
 
 
 def autocast() -> AbstractContextManager[Any]:

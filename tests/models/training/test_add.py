@@ -20,7 +20,6 @@ from models.loading import load_diffusers, load_pipeline
 from models.training.add import (
     AddDistiller,
     AddSettings,
-    Student,
     WholeStudent,
     build_scheduler,
     student_timesteps,
@@ -30,7 +29,7 @@ from models.training.errors import TeacherError
 from models.training.exporting import copy_unet, save_pipeline
 from models.training.features import ClassifierFeatures, Features, LatentClassifier, TeacherFeatures
 from models.training.heads import Head, deceive, r1_penalty, tell_apart
-from models.training.lcm import RUN, LoraStudent, save_lora
+from models.training.lcm import RUN, LoraStudent, Student, save_lora
 from models.training.teachers import Teacher, call_unet, open_teacher
 from models.training.trainer import CHECKPOINT, LOG, Compute, Trainer
 from tests.training_data import CPU, KINDS, SIZE, Kind, change_config, make_batches, make_teacher, settings
@@ -127,6 +126,16 @@ def test_the_student_is_trained_at_the_timesteps_that_it_is_sampled_at(root: Pat
         theirs.set_timesteps(steps)
         assert {int(timestep) for timestep in theirs.timesteps} <= set(trained)
     assert [int(timestep) for timestep in theirs.timesteps] == trained == [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_the_default_number_of_steps_was_trained(root: Path, count: int) -> None:
+    teacher = make_teacher(root, "sd")
+    scheduler = build_scheduler(teacher)
+    trained = student_timesteps(scheduler, count)
+    steps = turbo_entry(teacher, SIZE, root, count)["num_inference_steps"]
+    assert set(student_timesteps(scheduler, steps["default"])) <= set(trained)
+    assert steps["max"] == count
 
 
 @pytest.mark.parametrize("kind", KINDS)

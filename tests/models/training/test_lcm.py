@@ -26,9 +26,9 @@ from models.training.lcm import (
     Consistency,
     Distiller,
     FullStudent,
+    GuidedStudent,
     LcmSettings,
     LoraStudent,
-    Student,
     embed_guidance,
     save_lora,
 )
@@ -48,7 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lcm")
 
 
-def make_student(teacher: Teacher, mode: Mode, dtype: torch.dtype = torch.float32) -> Student:
+def make_student(teacher: Teacher, mode: Mode, dtype: torch.dtype = torch.float32) -> GuidedStudent:
     torch.manual_seed(0)
     if mode == "lora":
         return LoraStudent(teacher.load_unet(CPU, dtype), rank=4)

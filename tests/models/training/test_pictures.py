@@ -233,3 +233,20 @@ def test_a_picture_that_breaks_off_is_named(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(PicturesError, match=r"0\.png can't be read as a picture"):
         prepare(path, SIZE)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "3.txt"])
+def test_a_caption_in_another_encoding_is_named(folder: Path, name: str) -> None:
+    if name == "3.txt":
+        (folder / "metadata.jsonl").unlink()
+        for path in folder.glob("*.png"):
+            path.with_suffix(".txt").write_text("one")
+    (folder / name).write_bytes("ein Käfer".encode("latin-1"))
+    assert_refused(folder, f"{folder / name} isn't text in UTF-8")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(folder: Path) -> None:
+    (folder / "metadata.jsonl").unlink()
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text("one", encoding="utf-8-sig")
+    assert {picture.caption for picture in find_pictures(folder)} == {"one"}

@@ -181,6 +181,8 @@ def test_a_single_file_is_no_teacher(root: Path, tmp_path: Path) -> None:
     assert_no_teacher(
         "small", "is a single file", small=small_spec(root, source=str(path), config=str(root / "sd"), lora=None)
     )
+    path.touch()
+    assert_no_teacher(str(path), "is a single file: a teacher has to be a folder that diffusers wrote")
 
 
 @pytest.mark.parametrize("missing", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])

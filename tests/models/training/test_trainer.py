@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.training.errors import CheckpointError, Diverged, Interrupted
 from models.training.trainer import CHECKPOINT, LOG, Trainer, TrainSettings
-from tests.training_data import losses, settings
+from tests.training_data import full_disk, losses, settings
 
 
 def make_trainer(out: Path, plan: TrainSettings, **identity: object) -> Trainer:
@@ -186,3 +186,47 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"the loss is nan at step 1: try a lower rate than 0\.003"):
         trainer.fit(lambda _: trainer.model(torch.full((1, 4), float("nan"))).mean())
     assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_weights_that_are_no_numbers_are_neither_kept_nor_shown(tmp_path: Path) -> None:
+    """The last step's loss was a number, and no step was logged."""
+    trainer = make_trainer(tmp_path, settings(2, rate=float("inf"), log_every=20))
+    shown: list[int] = []
+    with pytest.raises(Diverged, match=r"weights are no numbers at step 2: try a lower rate than inf"):
+        trainer.fit(loss_of(trainer), on_save=lambda: shown.append(trainer.step))
+    assert not (tmp_path / CHECKPOINT).exists()
+    assert not shown
+
+
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path: Path) -> None:
+    trainer = run(tmp_path, 2)
+    former = (tmp_path / CHECKPOINT).read_bytes()
+    with (
+        full_disk(1000),
+        pytest.raises(CheckpointError, match=r"checkpoint\.pt\.part can't be written; is the disk full"),
+    ):
+        trainer.save()
+    assert (tmp_path / CHECKPOINT).read_bytes() == former
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, LOG}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, None])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, share: float | None) -> None:
+    run(tmp_path, 2)
+    path = tmp_path / CHECKPOINT
+    whole = path.read_bytes()
+    path.write_bytes(b"no checkpoint" if share is None else whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match=f"{path} can't be read as a checkpoint; delete it to begin anew"):
+        make_trainer(tmp_path, settings(9))
+
+
+@pytest.mark.parametrize("kept", [0, 3, 40])
+def test_a_log_that_breaks_off_goes_on(tmp_path: Path, kept: int) -> None:
+    run(tmp_path, 3)
+    log = tmp_path / LOG
+    head = log.read_text().splitlines()[0]
+    log.write_bytes(log.read_bytes()[:kept])
+    run(tmp_path, None)
+    first, *rows = log.read_text().splitlines()
+    assert first == head
+    assert [int(row.split(",")[0]) for row in rows][-6:] == list(range(4, 10))
