@@ -115,13 +115,12 @@ def lcm(
 
     Example: fewstep distill lcm ./my-model --data ./pictures --out ./my-lcm --sample "a red fox in snow"
     """
-    given = dict(locals())
     from commands.console import hush_libraries
 
     hush_libraries()  # before anything of them is imported that prints
     from commands.lcm import distill_lcm
 
-    distill_lcm(_options(given), rank=None if full else rank, solver_timesteps=solver_timesteps, guidance=guidance)
+    distill_lcm(_options(locals()), rank=None if full else rank, solver_timesteps=solver_timesteps, guidance=guidance)
 
 
 @distill_app.command()
@@ -183,7 +182,6 @@ def turbo(
 
     Example: fewstep distill turbo ./my-model --data ./pictures --out ./my-turbo --lora 64
     """
-    given = dict(locals())
     from commands.console import hush_libraries
 
     hush_libraries()
@@ -191,7 +189,7 @@ def turbo(
     from models.training.add import AddSettings
 
     settings = AddSettings(timesteps, distillation, guidance, r1, heads_rate)
-    distill_turbo(_options(given), TurboOptions(features, lora, lora_only, half), settings)
+    distill_turbo(_options(locals()), TurboOptions(features, lora, lora_only, half), settings)
 
 
 Weights = Annotated[str, typer.Argument(help="A folder of diffusers, a UNet's folder, or an entry of the catalog.")]
