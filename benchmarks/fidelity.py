@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.machine import REPOSITORY
-from benchmarks.painting import SCHEDULERS, TEACHER, Painter, Setting, rebuild, save_sheet
+from benchmarks.painting import SCHEDULERS, TEACHER, Painter, Setting, rebuild, save_gallery, save_sheet
 from benchmarks.report import print_table, write_between, write_report
 from models.catalog import BUNDLED_PATH
 from models.training.mini.dataset import Composer, Pixels
@@ -40,8 +40,15 @@ from models.training.mini.vocabulary import load_vocabulary
 
 TEACHER_SCHEDULER, TEACHER_GUIDANCE, TEACHER_STEPS = "ddim", 2.0, 25
 SEEDS_PER_PROMPT, DIVERSE_PROMPTS, TIMED_PICTURES = 8, 12, 12
+SHOWN = 2  # pictures of each kind in a line of the gallery
 MARKS = ("<!-- figures: start -->", "<!-- figures: end -->")
 KINDS: tuple[Kind, ...] = ("object", "shape", "tinted", "pair")
+
+
+def teacher_question() -> list[Setting]:
+    """At which guidance, and from how many steps on, the teacher is at its best."""
+    guided = [Setting(TEACHER, TEACHER_SCHEDULER, TEACHER_STEPS, guidance) for guidance in (1, 1.5, 2, 3, 4)]
+    return [*guided, *(Setting(TEACHER, TEACHER_SCHEDULER, steps, TEACHER_GUIDANCE) for steps in (12, 50))]
 
 
 def steps_question() -> list[Setting]:
@@ -67,6 +74,7 @@ def decoder_question() -> list[Setting]:
 
 
 QUESTIONS: dict[str, Callable[[], list[Setting]]] = {
+    "teacher": teacher_question,
     "steps": steps_question,
     "control": control_question,
     "schedulers": scheduler_question,
@@ -79,8 +87,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS))
     parser.add_argument("--prompts", type=int, default=100, help="of each kind (objects, shapes, recoloured, pairs)")
-    parser.add_argument("--card", type=Path, help="model card whose table to replace")
+    parser.add_argument("--card", type=Path, help="text whose table to replace, such as a model card")
     parser.add_argument("--sheets", type=Path, help="folder for a sheet of pictures per row")
+    parser.add_argument("--gallery", type=Path, help="one picture, with a line of pictures per row")
     parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-fidelity.json")
     options = parser.parse_args()
     hush_libraries()
@@ -90,6 +99,8 @@ def main() -> None:
     table = print_table(rows)
     if options.card is not None:
         write_between(options.card, MARKS, table)
+    if options.gallery is not None:
+        save_gallery(bench.shown, options.gallery)
     write_report(options.json, vars(options), {"rows": rows, "prompts": [case.prompt for case in bench.cases]})
 
 
@@ -126,7 +137,7 @@ class Row:
 class Bench:
     """The prompts, the judge and the painter."""
 
-    def __init__(self, prompts: int, sheets: Path | None) -> None:
+    def __init__(self, prompts: int, sheets: Path | None = None) -> None:
         self.vocabulary, reference = load_vocabulary(), load_reference(BUNDLED_PATH / "mini-sd" / "reference")
         check_reference(reference, self.vocabulary)
         self.drawings = reference.drawings
@@ -134,6 +145,8 @@ class Bench:
         self.judge = Judge(self.vocabulary, self.drawings)
         self.painter = Painter()
         self.sheets = sheets
+        self.shown: dict[str, list[Pixels]] = {}
+        """By row, for the gallery."""
 
     def bounds(self) -> list[Row]:
         """What no model can beat: painted pictures, and the same through the autoencoder and back."""
@@ -150,10 +163,17 @@ class Bench:
         verdicts = [self.judge.judge(case, picture) for case, picture in zip(self.cases, pictures, strict=True)]
         if self.sheets is not None:
             save_sheet(pictures, self.sheets / f"{name}.webp")
+        self.shown[name] = self._some_of_each_kind(pictures)
         looks = statistics.fmean(sharpness(picture) for picture in pictures)
         print(f"- {name}", flush=True)
         objects, near, shapes, tinted, pairs, backgrounds = shares(self.cases, verdicts)
         return Row(name, objects, near, shapes, tinted, pairs, backgrounds, looks, diversity, ms)
+
+    def _some_of_each_kind(self, pictures: list[Pixels]) -> list[Pixels]:
+        of_kinds = [
+            [picture for case, picture in zip(self.cases, pictures, strict=True) if case.kind == kind] for kind in KINDS
+        ]
+        return [picture for of_kind in of_kinds for picture in of_kind[:SHOWN]]
 
     def _diversity(self, setting: Setting) -> float:
         """Of objects without a background, each with several seeds."""

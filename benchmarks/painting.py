@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from broker.messages import Delivery, LoraWeight
 from models.catalog import BUNDLED_PATH, ModelSpec, SchedulerSpec, get_spec, load_catalog
@@ -29,6 +30,7 @@ SCHEDULERS = {
     "unipc": SchedulerSpec(class_name="UniPCMultistepScheduler", config=TRAILING),
 }
 BATCH = 32
+LABEL_WIDTH, GAP = 136, 4  # of a gallery, in pixels
 
 
 @dataclass(frozen=True)
@@ -108,3 +110,17 @@ def save_sheet(pictures: Sequence[Pixels], path: Path, columns: int = 20, number
         page.paste(Image.fromarray(picture), (index % columns * side, index // columns * side))
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path, quality=85, method=6)
+
+
+def save_gallery(lines: Mapping[str, Sequence[Pixels]], path: Path) -> None:
+    """A line of pictures for each name, of the same prompts."""
+    shown = {name: np.concatenate(pictures, axis=1) for name, pictures in lines.items()}
+    height, width, _ = next(iter(shown.values())).shape
+    page = Image.new("RGB", (LABEL_WIDTH + width, len(shown) * (height + GAP) - GAP), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    for number, (name, strip) in enumerate(shown.items()):
+        top = number * (height + GAP)
+        pen.multiline_text((2, top + 8), name.replace(", ", "\n"), "black", font, spacing=1)
+        page.paste(Image.fromarray(strip), (LABEL_WIDTH, top))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path, quality=75, method=6)

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("style", choices=list(STYLES))
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--sheets", type=Path, help="folder for a sheet of pictures per row")
-    parser.add_argument("--card", type=Path, help="model card whose table to replace")
+    parser.add_argument("--card", type=Path, help="text whose table to replace, such as a model card")
     parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-styles.json")
     options = parser.parse_args()
     hush_libraries()

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
+from benchmarks.painting import GAP, LABEL_WIDTH
+
 
 def test_every_row_of_a_question_is_judged(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [sys.executable, "-m", "benchmarks.fidelity", "--prompts", "6", "--questions", "decoder"]
-    command += ["--json", str(report), "--sheets", str(tmp_path)]
+    command += ["--json", str(report), "--sheets", str(tmp_path), "--gallery", str(tmp_path / "gallery.webp")]
     output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180).stdout
     assert report.exists(), output
     painted, rebuilt, drawn = json.loads(report.read_text())["rows"]
@@ -22,6 +26,8 @@ def test_every_row_of_a_question_is_judged(tmp_path: Path) -> None:
     assert drawn["object"]["right"] >= 3
     assert drawn["diversity"] > 0
     assert (tmp_path / "painted.webp").exists()
+    with Image.open(tmp_path / "gallery.webp") as gallery:
+        assert gallery.size == (LABEL_WIDTH + 8 * 64, 3 * 64 + 2 * GAP)
 
 
 def test_a_style_is_judged_with_and_without(tmp_path: Path) -> None:

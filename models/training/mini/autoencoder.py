@@ -54,13 +54,14 @@ def load_kl(model: Path) -> AutoencoderKL:
     return vae
 
 
-def build_tiny(channels: int = 16) -> AutoencoderTiny:
-    """An AutoencoderTiny for the scaled latents that a UNet works on."""
+def build_tiny(channels: int = 12) -> AutoencoderTiny:
+    """An AutoencoderTiny for the scaled latents that a UNet works on. Its decoder has no block at full size, where most
+    of the time would go."""
     return AutoencoderTiny(
         encoder_block_out_channels=(channels,) * 3,
         decoder_block_out_channels=(channels,) * 3,
         num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 0),
         latent_channels=4,
         scaling_factor=1.0,
     )

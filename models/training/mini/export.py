@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from safetensors.torch import load_file, save_file
 
 from models.training.exporting import save_pipeline
@@ -40,10 +41,12 @@ def _drop_key(config: Path, key: str) -> None:
 
 
 def export_lora(lora: Path, folder: Path) -> None:
-    """Write a LoRA in fp16."""
+    """Write a LoRA in fp16, and the config of its scheduler, if it has one."""
     weights = {name: weight.half() for name, weight in load_file(lora / LORA_WEIGHT_NAME_SAFE).items()}
     folder.mkdir(parents=True)
     save_file(weights, folder / LORA_WEIGHT_NAME_SAFE, metadata={"format": "pt"})
+    if (lora / SCHEDULER_CONFIG_NAME).exists():
+        shutil.copyfile(lora / SCHEDULER_CONFIG_NAME, folder / SCHEDULER_CONFIG_NAME)
 
 
 @contextmanager

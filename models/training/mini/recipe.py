@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, LCMScheduler
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from transformers import CLIPTokenizer
 
 from models.training import add
@@ -41,6 +42,8 @@ LORA_RANK = 12
 TURBO_RANK = 8
 SOLVER_TIMESTEPS = 20
 TEACHERS: dict[Layout, str] = {"sd": "teacher", "sdxl": "teacher-xl"}
+PIPELINES = {"teacher": "mini-sd", "teacher-xl": "mini-sdxl", "lcm-full": "mini-lcm-full"}  # by stage, as they ship
+LORAS = {"lcm": "mini-lcm-lora", "turbo": "mini-turbo-lora", **{style: f"mini-{style}" for style in STYLES}}
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class Recipe:
         student = LoraStudent(teacher.load_unet(CPU, torch.float32), LORA_RANK)
         self._distill(teacher, student, folder, (2.0, 2.0), self._settings(1200, 4e-4, ema_decay=0.95, seed=2))
         save_lora(student.unet, folder)
+        _lcm_scheduler(teacher).save_pretrained(folder)
 
     def lcm_full(self) -> None:
         """A full LCM of the teacher in SDXL's layout, which reads the guidance scale, 1 to 4."""
@@ -123,9 +127,8 @@ class Recipe:
         torch.manual_seed(3)
         student = FullStudent(teacher.load_unet(CPU, torch.float32), torch.float32)
         self._distill(teacher, student, folder, (1.0, 4.0), self._settings(2000, 2e-4, ema_decay=0.95, seed=3))
-        scheduler = self._lcm_scheduler(teacher)
         unet = copy_unet(student.unet, torch.float32)
-        teacher.build_pipeline(unet, scheduler, torch.float32).save_pretrained(folder / "model")
+        teacher.build_pipeline(unet, _lcm_scheduler(teacher), torch.float32).save_pretrained(folder / "model")
 
     def features(self) -> None:
         """The classifier of latents that Turbo's discriminator looks through."""
@@ -166,16 +169,18 @@ class Recipe:
             train_style(self._open("sd"), self.vocabulary, restyle, self.out / name, settings, self._scaled(6000))
 
     def export(self) -> None:
-        """Everything that ships, in fp16, with cards."""
+        """Everything that was made so far, in fp16, with cards."""
         with shipment(self.bundled) as made:
-            for name in ("lcm", "turbo", *STYLES):
-                export_lora(self.out / name, made / EXPORTED.get(name, f"mini-{name}"))
-            self._lcm_scheduler(self._open("sd")).save_pretrained(made / "mini-lcm-lora")
-            add.build_scheduler(self._open("sdxl")).save_pretrained(made / "mini-turbo-lora")
-            export_tiny(self.out / "autoencoder" / "taesd", made / "mini-taesd")
-            for name in ("teacher", "teacher-xl", "lcm-full"):
-                export_pipeline(self.out / name / "model", made / EXPORTED[name])
-            save_reference(made / "mini-sd" / "reference", self.vocabulary, draw_sprites(self.vocabulary))
+            for stage, name in LORAS.items():
+                if (self.out / stage / LORA_WEIGHT_NAME_SAFE).exists():
+                    export_lora(self.out / stage, made / name)
+            for stage, name in PIPELINES.items():
+                if (self.out / stage / "model").exists():
+                    export_pipeline(self.out / stage / "model", made / name)
+            if (self.out / "autoencoder" / "taesd").exists():
+                export_tiny(self.out / "autoencoder" / "taesd", made / "mini-taesd")
+            if (made / "mini-sd").exists():
+                save_reference(made / "mini-sd" / "reference", self.vocabulary, draw_sprites(self.vocabulary))
 
     @cached_property
     def _vae(self) -> AutoencoderKL:
@@ -187,9 +192,6 @@ class Recipe:
 
     def _open(self, layout: Layout) -> Teacher:
         return open_teacher(str(self.out / TEACHERS[layout] / "model"), {})
-
-    def _lcm_scheduler(self, teacher: Teacher) -> Any:
-        return teacher.build_scheduler(LCMScheduler, original_inference_steps=SOLVER_TIMESTEPS)
 
     def _distill(
         self,
@@ -214,10 +216,5 @@ class Recipe:
         return max(1, round(number * self.share))
 
 
-EXPORTED = {
-    "teacher": "mini-sd",
-    "lcm": "mini-lcm-lora",
-    "teacher-xl": "mini-sdxl",
-    "lcm-full": "mini-lcm-full",
-    "turbo": "mini-turbo-lora",
-}
+def _lcm_scheduler(teacher: Teacher) -> Any:
+    return teacher.build_scheduler(LCMScheduler, original_inference_steps=SOLVER_TIMESTEPS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from models.training.diffusion import Diffusion, PredictionType, build_scheduler
+from models.training.diffusion import Diffusion, PredictionType, build_scheduler, draw_timesteps
 
 
 def make_scheduler(prediction_type: str, zero_snr: bool = False) -> DDIMScheduler:
@@ -69,3 +69,12 @@ def test_an_unknown_prediction_is_named() -> None:
 
 def test_the_miniatures_schedule_ends_in_pure_noise() -> None:
     assert float(Diffusion(build_scheduler()).signal[-1]) == 0
+
+
+@pytest.mark.parametrize(("noisy_half", "noisy_share"), [(False, 0.5), (True, 0.75)])
+def test_each_batch_of_timesteps_is_spread_evenly(noisy_half: bool, noisy_share: float) -> None:
+    batches = torch.stack([draw_timesteps(40, noisy_half) for _ in range(200)])
+    assert set(batches.flatten().tolist()) <= set(range(1000))
+    assert batches.unique().numel() > 900
+    noisy = (batches >= 500).sum(dim=1)
+    assert bool((noisy - 40 * noisy_share).abs().le(1).all())

@@ -1,0 +1,49 @@
+"""That the weights that ship draw as well as their card says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fidelity import MARKS, Bench, Row, Share
+from benchmarks.painting import Setting
+from models.catalog import BUNDLED_PATH
+from models.training.mini.export import CARDS
+from models.training.mini.judging import wilson
+
+PROMPTS = 30  # of each kind
+SETTING = Setting("mini-lcm", "lcm", 4, 0)
+COLUMNS = ("object", "object_top5", "shape", "tinted", "pair", "background")
+
+
+@pytest.fixture(scope="module")
+def row() -> Row:
+    return Bench(PROMPTS).measure(SETTING)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_weights_are_within_the_interval_of_their_card(row: Row, column: str) -> None:
+    measured: Share = getattr(row, column)
+    low, high = wilson(measured.right, measured.of)
+    card_low, card_high = card_interval(BUNDLED_PATH / "mini-sd" / "README.md", str(SETTING), column)
+    assert low <= card_high / 100 + 0.005
+    assert high >= card_low / 100 - 0.005
+
+
+def card_interval(card: Path, row: str, column: str) -> tuple[float, float]:
+    """In percent, as the table of figures in a card says it."""
+    _, _, rest = card.read_text(encoding="utf-8").partition(MARKS[0])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in rest.partition(MARKS[1])[0].split("\n")]
+    header = next(line for line in table if "pictures" in line)
+    line = next(line for line in table if line[0] == row)
+    found = re.fullmatch(r"\d+ \((\d+) to (\d+)\)", line[header.index(column)])
+    assert found is not None
+    return float(found[1]), float(found[2])
+
+
+@pytest.mark.parametrize("card", sorted(CARDS.glob("*.md")), ids=lambda card: card.stem)
+def test_each_card_that_ships_is_the_one_in_the_source(card: Path) -> None:
+    shipped = BUNDLED_PATH / card.stem / "README.md"
+    assert not shipped.exists() or shipped.read_text(encoding="utf-8") == card.read_text(encoding="utf-8")
