@@ -52,7 +52,9 @@ CheckpointingOption = Annotated[
     bool,
     typer.Option("--gradient-checkpointing", help="Much less memory for about a third more time per step."),
 ]
-PaintedOption = Annotated[int, typer.Option("--pictures", min=1, help="How many pictures to paint, for --data mini.")]
+PaintedOption = Annotated[
+    int | None, typer.Option("--pictures", min=1, help="How many pictures to paint, for --data mini; 10,000 if none.")
+]
 PromptsOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -88,7 +90,9 @@ def lcm(
     rate: Annotated[
         float | None, typer.Option(min=1e-9, help="Learning rate; by default 1e-4 for a LoRA, 8e-6 with --full.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA: its size, and how much it can learn.")] = 64,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the LoRA: its size, and how much it can learn; 64 if none.")
+    ] = None,
     solver_timesteps: Annotated[
         int, typer.Option(min=1, max=1000, help="Timesteps of the teacher's DDIM; 50 skips 20 of 1000 at a time.")
     ] = 50,
@@ -104,7 +108,7 @@ def lcm(
     dtype: DtypeOption = None,
     gradient_checkpointing: CheckpointingOption = False,
     prompts: PromptsOption = None,
-    num_painted: PaintedOption = 10_000,
+    num_painted: PaintedOption = None,
     cache: CacheOption = None,
     name: NameOption = None,
 ) -> None:
@@ -118,9 +122,9 @@ def lcm(
     from commands.console import hush_libraries
 
     hush_libraries()  # before anything of them is imported that prints
-    from commands.lcm import distill_lcm
+    from commands.lcm import LcmOptions, distill_lcm
 
-    distill_lcm(_options(locals()), rank=None if full else rank, solver_timesteps=solver_timesteps, guidance=guidance)
+    distill_lcm(_options(locals()), LcmOptions(full, rank, solver_timesteps, guidance))
 
 
 @distill_app.command()
@@ -171,7 +175,7 @@ def turbo(
     dtype: DtypeOption = None,
     gradient_checkpointing: CheckpointingOption = False,
     prompts: PromptsOption = None,
-    num_painted: PaintedOption = 10_000,
+    num_painted: PaintedOption = None,
     cache: CacheOption = None,
     name: NameOption = None,
 ) -> None:

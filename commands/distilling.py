@@ -16,12 +16,14 @@ from safetensors import SafetensorError
 from commands.console import fail, one_line_errors, say
 from models.catalog import load_catalog
 from models.catalog.specs import LATENT_UNIT
+from models.hub.needs import MODEL_INDEX
 from models.loading import LoadError, default_device, default_dtype
 from models.networks import first_line
 from models.sources import SourceError
 from models.training.entries import save_table
 from models.training.errors import Interrupted, TrainingError
 from models.training.exporting import copy_unet, save_pipeline
+from models.training.fingerprints import fingerprint
 from models.training.lcm import RUN, LoraStudent, Student, save_lora
 from models.training.mini.painting import drawable_vocabulary, paint
 from models.training.pictures import Batches, PictureCache, encode_pictures, find_pictures
@@ -32,6 +34,7 @@ from workers.settings import WorkerSettings
 
 MINI = "mini"
 BATCH_SIZES = {"sd": 8, "sdxl": 4}
+NUM_PAINTED = 10_000
 OUT_OF_MEMORY = "can't allocate memory"  # torch on a CPU, where it is a plain RuntimeError
 
 Whole = TypeVar("Whole", bound=Student)
@@ -57,7 +60,7 @@ class Options:
     dtype: str | None
     gradient_checkpointing: bool
     prompts: Sequence[str] | None
-    num_painted: int
+    num_painted: int | None
     cache: Path | None
     name: str | None
 
@@ -67,6 +70,8 @@ class Session:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        if options.num_painted and options.data != MINI:
+            raise TrainingError(f"--pictures {options.num_painted} is for --data {MINI}; of a folder all are taken")
         settings = WorkerSettings.load()
         self.compute = choose_compute(options.device, options.dtype)
         self.teacher = open_teacher(options.teacher, load_catalog(settings.catalog, settings.extra_catalog))
@@ -132,11 +137,11 @@ class Session:
         """Encodes the pictures, unless an earlier run did."""
         options, cache = self.options, self.options.cache or self.options.out / RUN / "cache"
         if options.data == MINI:
-            vocabulary = drawable_vocabulary()
+            vocabulary, count = drawable_vocabulary(), options.num_painted or NUM_PAINTED
             things = "emoji and shapes" if vocabulary.emoji else "shapes only, since the font of the emoji isn't here"
-            say(f"data: {options.num_painted} painted pictures of {things}")
+            say(f"data: {count} painted pictures of {things}")
             size, share = self.size, options.caption_dropout
-            return paint(vocabulary, encoders, size, cache, self.batch_size, share, options.num_painted)
+            return paint(vocabulary, encoders, size, cache, self.batch_size, share, count)
         pictures = find_pictures(Path(options.data))
         say(f"data: {len(pictures)} pictures of {options.data}")
         return PictureCache(
@@ -161,6 +166,7 @@ class Session:
         width, height = self.size
         return {
             "teacher": self.teacher.fingerprint_of("unet"),
+            "teacher's scheduler": fingerprint(dict(self.teacher.scheduler_config)),
             "size": f"{width}x{height}",
             "dtype": _name_of(self.compute.dtype),
         }
@@ -232,7 +238,7 @@ def _check_out(out: Path, teacher: Teacher) -> None:
     written = {folder.resolve() for folder in (out, *(out / name for name in teacher.networks))}
     if written & {folder.resolve() for _, folder in teacher.networks.values()}:
         raise TrainingError(f"--out {out} is the teacher's own folder, which would be overwritten: give another one")
-    if (out / "model_index.json").exists() and not (out / RUN).exists():
+    if (out / MODEL_INDEX).exists() and not (out / RUN).exists():
         raise TrainingError(f"--out {out} has another model in it, which would be overwritten: give another folder")
 
 

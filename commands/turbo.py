@@ -12,12 +12,13 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from commands.console import fail, format_bytes, one_line_errors, say
 from commands.distilling import Options, Session, choose_compute, told
 from models.catalog import load_catalog
+from models.hub.needs import MODEL_INDEX
 from models.loading import LoadError
 from models.sources import SourceError, locate
 from models.training.add import AddDistiller, AddSettings, WholeStudent, build_scheduler, student_timesteps
 from models.training.entries import save_table, turbo_entry, turbo_lora_entry
 from models.training.errors import ExtractError, TrainingError
-from models.training.extract import Extract, Weights, extract
+from models.training.extract import CONFIG, Extract, Weights, extract
 from models.training.features import TEACHER, Features, TeacherFeatures, load_classifier
 from models.training.lcm import Student
 from workers.settings import WorkerSettings
@@ -99,6 +100,7 @@ def extract_lora(
         with one_line_errors():
             if rank and keep:
                 raise ExtractError(f"--rank {rank} and --keep {keep:g}: one of them says the other")
+            _check_free(out)
             chosen = USUAL_RANK if rank is None and keep is None else rank
             target = choose_compute(device).device
             made = extract(_open(base), _open(tuned), chosen, keep, target)
@@ -107,6 +109,13 @@ def extract_lora(
         fail(str(error))
     except (torch.OutOfMemoryError, MemoryError):
         fail("there is too little memory for the largest layer: give --device cpu", status=1)
+
+
+def _check_free(out: Path) -> None:
+    """Raises ExtractError where the LoRA would lie among a model's files."""
+    for name in (MODEL_INDEX, CONFIG):
+        if (out / name).exists():
+            raise ExtractError(f"--out {out} has a model in it, its {name}: give another folder")
 
 
 def _open(name: str) -> Weights:

@@ -17,10 +17,10 @@ import typer
 from PIL import Image
 
 from commands.distilling import Options, told
-from commands.lcm import distill_lcm
+from commands.lcm import LcmOptions, distill_lcm
 from tests.small_models import make_sd_folder, make_sdxl_folder
 from tests.test_cli import fewstep
-from tests.training_data import full_disk, write_pictures
+from tests.training_data import change_config, full_disk, write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(root: Path, out: Path, teacher: str = "sd", *more: str) -> list[str]:
     return [
         *("distill", "lcm", str(root / teacher), "--data", str(root / "pictures"), "--out", str(out)),
-        *("--steps", "4", "--batch-size", "2", "--rank", "4", "--device", "cpu", "--dtype", "float32"),
+        *("--steps", "4", "--batch-size", "2", "--device", "cpu", "--dtype", "float32"),
         *more,
     ]
 
 
-@pytest.mark.parametrize(("teacher", "more"), [("sd", ()), ("sdxl", ("--full", "--gradient-checkpointing"))])
+@pytest.mark.parametrize(
+    ("teacher", "more"), [("sd", ("--rank", "4")), ("sdxl", ("--full", "--gradient-checkpointing"))]
+)
 def test_the_result_is_served_by_the_entry_that_is_printed(
     root: Path, tmp_path: Path, teacher: str, more: tuple[str, ...]
 ) -> None:
@@ -109,7 +111,7 @@ def options(root: Path, out: Path, **changes: Any) -> Options:
         "dtype": "float32",
         "gradient_checkpointing": False,
         "prompts": None,
-        "num_painted": 8,
+        "num_painted": None,
         "cache": None,
         "name": None,
     }
@@ -117,10 +119,15 @@ def options(root: Path, out: Path, **changes: Any) -> Options:
 
 
 def distil(
-    root: Path, out: Path, rank: int | None = 4, guidance: tuple[float, float] = (3.0, 15.0), **changes: Any
+    root: Path,
+    out: Path,
+    full: bool = False,
+    rank: int | None = 4,
+    guidance: tuple[float, float] = (3.0, 15.0),
+    **changes: Any,
 ) -> None:
     """In this process."""
-    distill_lcm(options(root, out, **changes), rank, solver_timesteps=50, guidance=guidance)
+    distill_lcm(options(root, out, **changes), LcmOptions(full, rank, solver_timesteps=50, guidance=guidance))
 
 
 def test_a_finished_run_writes_its_result_again_and_encodes_nothing(
@@ -144,6 +151,8 @@ def test_a_finished_run_writes_its_result_again_and_encodes_nothing(
         ({"guidance": (5.0, 3.0)}, ("--guidance 5 3", "1 <= LOW <= HIGH")),
         ({"guidance": (0.0, 3.0)}, ("--guidance 0 3", "1 <= LOW <= HIGH")),
         ({"guidance": (3.0, math.inf)}, ("--guidance 3 inf", "1 <= LOW <= HIGH")),
+        ({"full": True}, ("--rank 4 and --full", "a whole network has no rank")),
+        ({"num_painted": 8}, ("--pictures 8 is for --data mini",)),
         ({"device": "cuda:99"}, ("--device cuda:99",)),
         ({"device": "toaster"}, ("--device toaster",)),
         ({"data": "nowhere"}, ("there is no folder nowhere",)),
@@ -199,6 +208,17 @@ def test_other_settings_for_a_begun_run_are_one_line(
     with pytest.raises(typer.Exit):
         distil(root, tmp_path, rank=8)
     assert "was written with rank = 4, and now it is 8" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_another_schedule_of_the_teacher_is_another_run(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_sd_folder(tmp_path / "sd")
+    distil(root, tmp_path / "out", teacher=str(tmp_path / "sd"))
+    change_config(tmp_path / "sd" / "scheduler", beta_end=0.02)
+    with pytest.raises(typer.Exit):
+        distil(root, tmp_path / "out", teacher=str(tmp_path / "sd"))
+    assert "was written with teacher's scheduler = " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_too_little_memory_says_what_to_lower(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,3 +202,10 @@ def test_what_can_not_be_extracted_is_one_line(
     assert ended.value.exit_code == 78
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("out", ["sd", "sd/unet"])
+def test_a_lora_does_not_go_among_a_models_files(root: Path, out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit):
+        extract_lora(str(root / "sd"), str(root / "sdxl"), root / out, 4, None, True, "cpu")
+    assert f"--out {root / out} has a model in it" in capsys.readouterr().err.splitlines()[-1]

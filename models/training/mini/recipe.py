@@ -82,7 +82,7 @@ class Recipe:
             autoencoder.fit_code(self.vocabulary).save(code_file)
         torch.manual_seed(0)
         vae = autoencoder.load_kl(self.start / "mini-sd") if self.start else autoencoder.build_kl()
-        code, settings = LinearCode.load(code_file), self._settings(1500 if self.start else 4000, 2e-3, ema_decay=0.98)
+        code, settings = LinearCode.load(code_file), self._settings(1000 if self.start else 4000, 2e-3, ema_decay=0.98)
         vae = autoencoder.train_kl(source, code, folder, settings, vae)
         settings = self._settings(1200, 2e-3, ema_decay=0.98, seed=1)
         tiny = autoencoder.train_tiny(source, autoencoder.vae_encoder(vae), folder, settings, autoencoder.build_tiny())
@@ -109,7 +109,7 @@ class Recipe:
         else:
             warm_up(networks, data, folder, self._settings(4000, 1e-3, save_every=1000))
         pipeline = networks.pipeline(self._vae, tokenizer)
-        settings = self._settings(12_000 if start else 24_000, 6e-4 if start else 1e-3, warmup=200, seed=1)
+        settings = self._settings(11_000 if start else 24_000, 1e-3, warmup=200, seed=1)
         train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
 
     def lcm(self) -> None:
