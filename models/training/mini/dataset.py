@@ -22,6 +22,7 @@ from models.training.mini.sprites import draw_sprites, tint
 from models.training.mini.vocabulary import Vocabulary
 
 IMAGE_SIZE = 64
+LATENT_SIDE = 4  # pixels on a side that one latent stands for
 OVERSAMPLING = 2
 HELD_OUT = 0.1
 
@@ -30,30 +31,28 @@ Size = Literal["small", "normal", "large"]
 Pixels = npt.NDArray[np.uint8]
 RGB = tuple[int, int, int]
 Place = tuple[float, float, float]  # centre and scale, as fractions of the picture's side
-Range = tuple[float, float]
+Choices = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Poses:
-    """How much pictures of one scene differ: scales and offsets as fractions of the picture's side, tilt in degrees."""
+    """How much pictures of one scene differ: scales as shares of the picture's side, offsets in latents, tilts in
+    degrees; each is drawn from a few.
 
-    scales: dict[Size, Range]
-    reach: float  # how far from the middle a single thing may be, as far as it stays in the picture
-    pair_scale: Range
-    pair_reach: tuple[float, float]  # along and across the line on which two or three stand
-    trio_scale: Range
-    tilt: float  # standard deviation
+    Things move by whole latents: a network of convolutions then draws them in all places once it can in one. Moved by
+    single pixels, each would be another picture to learn, and look the same to the eye.
+    """
+
+    scales: dict[Size, Choices]
+    reach: int  # how far from the middle a single thing may be, as far as it stays in the picture
+    group_reach: int  # how far from the line on which two or three stand
+    tilts: Choices
     mirrored: float  # share
 
 
-NARROW = Poses(
-    {"small": (0.41, 0.43), "normal": (0.74, 0.77), "large": (0.91, 0.93)},
-    reach=0.02, pair_scale=(0.43, 0.45), pair_reach=(0.01, 0.01), trio_scale=(0.29, 0.31), tilt=1.0, mirrored=0.0,
-)  # fmt: skip
-WIDE = Poses(
-    {"small": (0.36, 0.46), "normal": (0.58, 0.80), "large": (0.88, 0.98)},
-    reach=0.5, pair_scale=(0.36, 0.46), pair_reach=(0.02, 0.12), trio_scale=(0.27, 0.31), tilt=8.0, mirrored=0.5,
-)  # fmt: skip
+GROUP_SCALES: dict[int, float] = {2: 0.42, 3: 0.3}  # by the number of things
+NARROW = Poses({"small": (0.42,), "normal": (0.75,), "large": (0.92,)}, 0, 0, (0.0,), 0.0)
+WIDE = Poses({"small": (0.42,), "normal": (0.6, 0.75), "large": (0.92,)}, 8, 2, (-12.0, 0.0, 12.0), 0.5)
 
 
 @dataclass(frozen=True)
@@ -168,23 +167,21 @@ class Composer:
         sprite = sprite.resize((side, side), Image.Resampling.LANCZOS)
         if rng.random() < self.poses.mirrored:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        angle = max(-2.5 * self.poses.tilt, min(2.5 * self.poses.tilt, rng.gauss(0.0, self.poses.tilt)))
-        return sprite.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+        return sprite.rotate(rng.choice(self.poses.tilts), Image.Resampling.BICUBIC, expand=True)
 
     def _places(self, scene: Scene, rng: random.Random) -> list[Place]:
         """Where each thing goes."""
-        poses, number = self.poses, len(scene.things)
+        number = len(scene.things)
         if number == 1:
-            scale = rng.uniform(*poses.scales[scene.size])
-            reach = min(0.5 - scale / 2, poses.reach)
-            return [(0.5 + rng.uniform(-reach, reach), 0.5 + rng.uniform(-reach, reach), scale)]
+            scale = rng.choice(self.poses.scales[scene.size])
+            room = math.floor((0.5 - scale / 2) * IMAGE_SIZE / LATENT_SIDE)
+            reach = min(room, self.poses.reach)
+            return [(_moved(0.5, reach, rng), _moved(0.5, reach, rng), scale)]
         places: list[Place] = []
-        along_reach, across_reach = poses.pair_reach if number == 2 else (0.01, poses.pair_reach[1])
-        for middle in (0.255, 0.745) if number == 2 else (0.17, 0.5, 0.83):
-            scale = rng.uniform(*(poses.pair_scale if number == 2 else poses.trio_scale))
-            along = middle + rng.uniform(-along_reach, along_reach)
-            across = 0.5 + rng.uniform(-across_reach, across_reach)
-            places.append((along, across, scale) if scene.layout == "row" else (across, along, scale))
+        for along in (0.25, 0.75) if number == 2 else (0.1875, 0.5, 0.8125):
+            across = _moved(0.5, self.poses.group_reach, rng)
+            x, y = (along, across) if scene.layout == "row" else (across, along)
+            places.append((x, y, GROUP_SCALES[number]))
         return places
 
     def _backdrop(self, background: int | None, rng: random.Random) -> Image.Image:
@@ -205,6 +202,11 @@ class Composer:
         """A blend of two named colours."""
         first, second = rng.choice(self.vocabulary.colors).rgb, rng.choice(self.vocabulary.colors).rgb
         return _between(first, second, 0.35 * rng.random())
+
+
+def _moved(middle: float, reach: int, rng: random.Random) -> float:
+    """By up to `reach` latents either way."""
+    return middle + rng.randint(-reach, reach) * LATENT_SIDE / IMAGE_SIZE
 
 
 def _between(one: RGB, other: RGB, share: float) -> RGB:

@@ -36,7 +36,7 @@ from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Layout, Teacher, open_teacher
 from models.training.trainer import CPU, Compute, TrainSettings
 
-NUM_PICTURES = 100_000
+NUM_PICTURES = 80_000
 BATCH = 48
 LORA_RANK = 12
 TURBO_RANK = 8
