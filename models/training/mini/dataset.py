@@ -36,23 +36,21 @@ Choices = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Poses:
-    """How much pictures of one scene differ: scales as shares of the picture's side, offsets in latents, tilts in
-    degrees; each is drawn from a few.
+    """How much pictures of one scene differ: scales as shares of the picture's side, offsets in latents.
 
-    Things move by whole latents: a network of convolutions then draws them in all places once it can in one. Moved by
-    single pixels, each would be another picture to learn, and look the same to the eye.
+    Things move by whole latents and come in a few sizes: a network of convolutions then draws them in all places once
+    it can in one. Moved by single pixels, each would be another picture to learn, and look the same to the eye.
     """
 
     scales: dict[Size, Choices]
     reach: int  # how far from the middle a single thing may be, as far as it stays in the picture
     group_reach: int  # how far from the line on which two or three stand
-    tilts: Choices
     mirrored: float  # share
 
 
 GROUP_SCALES: dict[int, float] = {2: 0.42, 3: 0.3}  # by the number of things
-NARROW = Poses({"small": (0.42,), "normal": (0.75,), "large": (0.92,)}, 0, 0, (0.0,), 0.0)
-WIDE = Poses({"small": (0.42,), "normal": (0.6, 0.75), "large": (0.92,)}, 8, 2, (-12.0, 0.0, 12.0), 0.5)
+NARROW = Poses({"small": (0.42,), "normal": (0.75,), "large": (0.92,)}, 0, 0, 0.0)
+WIDE = Poses({"small": (0.42,), "normal": (0.6, 0.75), "large": (0.92,)}, 8, 2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -163,11 +161,9 @@ class Composer:
         canvas.paste(sprite, (round(x * side - sprite.width / 2), round(y * side - sprite.height / 2)), sprite)
 
     def _pose(self, sprite: Image.Image, side: int, rng: random.Random) -> Image.Image:
-        """The sprite at its size, turned, sometimes mirrored."""
+        """The sprite at its size, sometimes mirrored."""
         sprite = sprite.resize((side, side), Image.Resampling.LANCZOS)
-        if rng.random() < self.poses.mirrored:
-            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return sprite.rotate(rng.choice(self.poses.tilts), Image.Resampling.BICUBIC, expand=True)
+        return sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.poses.mirrored else sprite
 
     def _places(self, scene: Scene, rng: random.Random) -> list[Place]:
         """Where each thing goes."""

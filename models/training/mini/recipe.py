@@ -36,7 +36,7 @@ from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Layout, Teacher, open_teacher
 from models.training.trainer import CPU, Compute, TrainSettings
 
-NUM_PICTURES = 80_000
+NUM_PICTURES = 64_000
 BATCH = 48
 LORA_RANK = 12
 TURBO_RANK = 8
@@ -48,8 +48,8 @@ LORAS = {"lcm": "mini-lcm-lora", "turbo": "mini-turbo-lora", **{style: f"mini-{s
 
 @dataclass(frozen=True)
 class Recipe:
-    """`share` of all steps and pictures: less than 1 to try it. `start` is a folder of finished miniatures: autoencoder
-    and teacher go on from its mini-sd, instead of from nothing."""
+    """`share` of all steps and pictures: less than 1 to try it. `start` is a folder of finished miniatures: decoder and
+    teacher go on from its mini-sd, instead of from nothing."""
 
     out: Path
     vocabulary: Vocabulary
@@ -81,8 +81,12 @@ class Recipe:
         if not code_file.exists():
             autoencoder.fit_code(self.vocabulary).save(code_file)
         torch.manual_seed(0)
-        vae = autoencoder.load_kl(self.start / "mini-sd") if self.start else autoencoder.build_kl()
-        code, settings = LinearCode.load(code_file), self._settings(1000 if self.start else 4000, 2e-3, ema_decay=0.98)
+        vae = autoencoder.build_kl()
+        if self.start:  # its latents are what the teacher knows: only the decoder goes on
+            vae = autoencoder.load_kl(self.start / "mini-sd")
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+        code, settings = LinearCode.load(code_file), self._settings(600 if self.start else 4000, 2e-3, ema_decay=0.98)
         vae = autoencoder.train_kl(source, code, folder, settings, vae)
         settings = self._settings(1200, 2e-3, ema_decay=0.98, seed=1)
         tiny = autoencoder.train_tiny(source, autoencoder.vae_encoder(vae), folder, settings, autoencoder.build_tiny())
@@ -109,7 +113,7 @@ class Recipe:
         else:
             warm_up(networks, data, folder, self._settings(4000, 1e-3, save_every=1000))
         pipeline = networks.pipeline(self._vae, tokenizer)
-        settings = self._settings(11_000 if start else 24_000, 1e-3, warmup=200, seed=1)
+        settings = self._settings(4400 if start else 24_000, 1e-3, warmup=200, seed=1)
         train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
 
     def lcm(self) -> None:
