@@ -31,26 +31,26 @@ Size = Literal["small", "normal", "large"]
 Pixels = npt.NDArray[np.uint8]
 RGB = tuple[int, int, int]
 Place = tuple[float, float, float]  # centre and scale, as fractions of the picture's side
-Choices = tuple[float, ...]
+
+
+SCALES: dict[Size, float] = {"small": 0.42, "normal": 0.75, "large": 0.92}  # of the picture's side
+GROUP_SCALES = {2: 0.42, 3: 0.3}  # by the number of things
 
 
 @dataclass(frozen=True)
 class Poses:
-    """How much pictures of one scene differ: scales as shares of the picture's side, offsets in latents.
+    """How much pictures of one scene differ.
 
-    Things move by whole latents and come in a few sizes: a network of convolutions then draws them in all places once
-    it can in one. Moved by single pixels, each would be another picture to learn, and look the same to the eye.
+    Things move by whole latents: moved by single pixels, each would be another picture to learn, and look the same to
+    the eye.
     """
 
-    scales: dict[Size, Choices]
-    reach: int  # how far from the middle a single thing may be, as far as it stays in the picture
-    group_reach: int  # how far from the line on which two or three stand
+    reach: int  # in latents, how far from its usual place a thing may be, as far as it stays in the picture
     mirrored: float  # share
 
 
-GROUP_SCALES: dict[int, float] = {2: 0.42, 3: 0.3}  # by the number of things
-NARROW = Poses({"small": (0.42,), "normal": (0.75,), "large": (0.92,)}, 0, 0, 0.0)
-WIDE = Poses({"small": (0.42,), "normal": (0.6, 0.75), "large": (0.92,)}, 8, 2, 0.5)
+STILL = Poses(reach=0, mirrored=0.0)
+LIVELY = Poses(reach=1, mirrored=0.5)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Composer:
     """Paints scenes."""
 
     def __init__(
-        self, vocabulary: Vocabulary, sprites: list[list[Image.Image]] | None = None, poses: Poses = WIDE
+        self, vocabulary: Vocabulary, sprites: list[list[Image.Image]] | None = None, poses: Poses = LIVELY
     ) -> None:
         self.vocabulary = vocabulary
         self.sprites = sprites if sprites is not None else draw_sprites(vocabulary)
@@ -169,13 +169,13 @@ class Composer:
         """Where each thing goes."""
         number = len(scene.things)
         if number == 1:
-            scale = rng.choice(self.poses.scales[scene.size])
+            scale = SCALES[scene.size]
             room = math.floor((0.5 - scale / 2) * IMAGE_SIZE / LATENT_SIDE)
             reach = min(room, self.poses.reach)
             return [(_moved(0.5, reach, rng), _moved(0.5, reach, rng), scale)]
         places: list[Place] = []
         for along in (0.25, 0.75) if number == 2 else (0.1875, 0.5, 0.8125):
-            across = _moved(0.5, self.poses.group_reach, rng)
+            across = _moved(0.5, self.poses.reach, rng)
             x, y = (along, across) if scene.layout == "row" else (across, along)
             places.append((x, y, GROUP_SCALES[number]))
         return places
