@@ -52,7 +52,8 @@ def teacher_question() -> list[Setting]:
 
 
 def steps_question() -> list[Setting]:
-    return [Setting("mini-lcm", "lcm", steps, 0) for steps in (1, 2, 4, 8, 25)]
+    """Up to as many as LCM's scheduler has timesteps."""
+    return [Setting("mini-lcm", "lcm", steps, 0) for steps in (1, 2, 4, 8, 20)]
 
 
 def control_question() -> list[Setting]:

@@ -16,7 +16,7 @@ from models.catalog import BUNDLED_PATH, ModelSpec, SchedulerSpec, get_spec, loa
 from models.loading import load_pipeline
 from models.training.mini.dataset import Pixels
 from models.training.mini.pixels import to_pixels, to_tensor
-from workers.engine import Engine, Finished
+from workers.engine import Engine, Finished, GenerationFailed
 from workers.engine.engine import run_until_done
 from workers.engine.jobs import make_job
 from workers.engine.runner import ModelRunner
@@ -30,7 +30,7 @@ SCHEDULERS = {
     "unipc": SchedulerSpec(class_name="UniPCMultistepScheduler", config=TRAILING),
 }
 BATCH = 32
-LABEL_WIDTH, GAP = 136, 4  # of a gallery, in pixels
+LABEL_WIDTH, GAP = 150, 4  # of a gallery, in pixels
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Painter:
         self._engines: dict[str, Engine] = {}
 
     def paint(self, setting: Setting, asked: Sequence[tuple[str, int]]) -> list[Pixels]:
-        """A picture for each prompt and seed, in their order, drawn together as far as the engine's batches reach."""
+        """A picture for each prompt and seed, in their order, drawn together as far as the engine's batches reach.
+        Raises RuntimeError where one wasn't drawn."""
         spec, engine = spec_of(setting.model), self._engine(setting.model)
         wishes = {
             "num_inference_steps": setting.steps,
@@ -75,7 +76,11 @@ class Painter:
         for index, (prompt, seed) in enumerate(asked):
             job = make_job(spec, str(index), prompt, seed=seed, **wishes)
             engine.add(Delivery(job, attempt=1, waited_ms=0))
-        finished = [output for output in run_until_done(engine) if isinstance(output, Finished)]
+        outputs = list(run_until_done(engine))
+        finished = [output for output in outputs if isinstance(output, Finished)]
+        if len(finished) < len(asked):
+            failed = next((output for output in outputs if isinstance(output, GenerationFailed)), None)
+            raise RuntimeError(f"{setting}: {len(finished)} of {len(asked)} pictures were drawn; {failed}")
         finished.sort(key=lambda output: int(output.request.request_id))
         return [output.pixels[0] for output in finished]
 
@@ -117,10 +122,10 @@ def save_gallery(lines: Mapping[str, Sequence[Pixels]], path: Path) -> None:
     shown = {name: np.concatenate(pictures, axis=1) for name, pictures in lines.items()}
     height, width, _ = next(iter(shown.values())).shape
     page = Image.new("RGB", (LABEL_WIDTH + width, len(shown) * (height + GAP) - GAP), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=10)
     for number, (name, strip) in enumerate(shown.items()):
         top = number * (height + GAP)
-        pen.multiline_text((2, top + 8), name.replace(", ", "\n"), "black", font, spacing=1)
+        pen.multiline_text((2, top + 2), name.replace(", ", "\n"), "black", font, spacing=1)
         page.paste(Image.fromarray(strip), (LABEL_WIDTH, top))
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, quality=75, method=6)
+    page.save(path, quality=60, method=6)

@@ -36,7 +36,7 @@ from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Layout, Teacher, open_teacher
 from models.training.trainer import CPU, Compute, TrainSettings
 
-NUM_PICTURES = 48_000
+NUM_PICTURES = 80_000
 BATCH = 48
 LORA_RANK = 12
 TURBO_RANK = 8
@@ -86,9 +86,9 @@ class Recipe:
             vae = autoencoder.load_kl(self.start / "mini-sd")
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        code, settings = LinearCode.load(code_file), self._settings(400 if self.start else 4000, 2e-3, ema_decay=0.98)
+        code, settings = LinearCode.load(code_file), self._settings(600 if self.start else 4000, 2e-3, ema_decay=0.98)
         vae = autoencoder.train_kl(source, code, folder, settings, vae)
-        settings = self._settings(800, 2e-3, ema_decay=0.98, seed=1)
+        settings = self._settings(1200, 2e-3, ema_decay=0.98, seed=1)
         tiny = autoencoder.train_tiny(source, autoencoder.vae_encoder(vae), folder, settings, autoencoder.build_tiny())
         autoencoder.report(source, vae, tiny, seed=2)
 
@@ -113,7 +113,7 @@ class Recipe:
         else:
             warm_up(networks, data, folder, self._settings(4000, 1e-3, save_every=1000))
         pipeline = networks.pipeline(self._vae, tokenizer)
-        steps, rate = (3800, 6e-4) if start else (24_000, 1e-3)
+        steps, rate = (12_000, 6e-4) if start else (24_000, 1e-3)
         settings = self._settings(steps, rate, warmup=100, seed=1)
         train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
 
@@ -122,7 +122,7 @@ class Recipe:
         teacher, folder = self._open("sd"), self.out / "lcm"
         torch.manual_seed(2)
         student = LoraStudent(teacher.load_unet(CPU, torch.float32), LORA_RANK)
-        self._distill(teacher, student, folder, (2.0, 2.0), self._settings(1000, 4e-4, ema_decay=0.95, seed=2))
+        self._distill(teacher, student, folder, (2.0, 2.0), self._settings(1200, 4e-4, ema_decay=0.95, seed=2))
         save_lora(student.unet, folder)
         _lcm_scheduler(teacher).save_pretrained(folder)
 
