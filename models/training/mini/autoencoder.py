@@ -48,9 +48,12 @@ def build_kl(channels: tuple[int, ...] = (32, 32, 64)) -> AutoencoderKL:
     )
 
 
-def load_kl(model: Path) -> AutoencoderKL:
-    """The autoencoder of a model folder in fp16, as fp32."""
+def load_decoder(model: Path) -> AutoencoderKL:
+    """The autoencoder of a model folder in fp16, as fp32, to train its decoder alone: its latents are what the folder's
+    UNet knows."""
     vae: AutoencoderKL = AutoencoderKL.from_pretrained(model, subfolder="vae", variant="fp16", dtype=torch.float32)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
     return vae
 
 

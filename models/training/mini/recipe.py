@@ -17,6 +17,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from transformers import CLIPTokenizer
 
 from models.training import add
+from models.training.errors import TrainingError
 from models.training.exporting import copy_unet
 from models.training.features import load_classifier
 from models.training.lcm import Distiller, FullStudent, LcmSettings, LoraStudent, save_lora
@@ -81,11 +82,7 @@ class Recipe:
         if not code_file.exists():
             autoencoder.fit_code(self.vocabulary).save(code_file)
         torch.manual_seed(0)
-        vae = autoencoder.build_kl()
-        if self.start:  # its latents are what the teacher knows: only the decoder goes on
-            vae = autoencoder.load_kl(self.start / "mini-sd")
-            vae.encoder.requires_grad_(False)
-            vae.quant_conv.requires_grad_(False)
+        vae = autoencoder.load_decoder(self.start / "mini-sd") if self.start else autoencoder.build_kl()
         code, settings = LinearCode.load(code_file), self._settings(600 if self.start else 4000, 2e-3, ema_decay=0.98)
         vae = autoencoder.train_kl(source, code, folder, settings, vae)
         settings = self._settings(1200, 2e-3, ema_decay=0.98, seed=1)
@@ -114,7 +111,7 @@ class Recipe:
             warm_up(networks, data, folder, self._settings(4000, 1e-3, save_every=1000))
         pipeline = networks.pipeline(self._vae, tokenizer)
         steps, rate = (12_000, 6e-4) if start else (24_000, 1e-3)
-        settings = self._settings(steps, rate, warmup=100, seed=1)
+        settings = self._settings(steps, rate, warmup=200, seed=1)
         train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
 
     def lcm(self) -> None:
@@ -174,7 +171,7 @@ class Recipe:
             train_style(self._open("sd"), self.vocabulary, restyle, self.out / name, settings, self._scaled(6000))
 
     def export(self) -> None:
-        """Everything that was made so far, in fp16, with cards."""
+        """Everything that was made so far, in fp16, with cards. Raises TrainingError where that is nothing."""
         with shipment(self.bundled) as made:
             for stage, name in LORAS.items():
                 if (self.out / stage / LORA_WEIGHT_NAME_SAFE).exists():
@@ -186,6 +183,8 @@ class Recipe:
                 export_tiny(self.out / "autoencoder" / "taesd", made / "mini-taesd")
             if (made / "mini-sd").exists():
                 save_reference(made / "mini-sd" / "reference", self.vocabulary, draw_sprites(self.vocabulary))
+            if not any(made.iterdir()):
+                raise TrainingError(f"{self.out} has nothing to export: run the stages before it, or give --out")
 
     @cached_property
     def _vae(self) -> AutoencoderKL:

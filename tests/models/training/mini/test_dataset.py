@@ -1,9 +1,10 @@
 import random
 
 import numpy as np
+from PIL import Image
 
 from models.training.mini.captions import Captioner, plain_caption
-from models.training.mini.dataset import STILL, Composer, Scene, SceneSampler
+from models.training.mini.dataset import STILL, Composer, Poses, Scene, SceneSampler
 from models.training.mini.recognizer import ColorNamer, Recognizer, background_noise
 from models.training.mini.sprites import draw_shape, tint
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
@@ -84,13 +85,19 @@ def test_a_tint_keeps_the_outline_and_takes_the_colour() -> None:
     assert blue.getpixel((64, 64)) == (48, 98, 208, 255)
 
 
-def test_pictures_of_one_scene_differ_widely(shapes: Vocabulary) -> None:
-    composer, scene = Composer(shapes), Scene((shapes.find("red heart"),), background=3)
-    pictures = [composer.compose(scene, random.Random(seed)).astype(np.int16) for seed in range(8)]
-    still = Composer(shapes, poses=STILL)
-    alike = [still.compose(scene, random.Random(seed)).astype(np.int16) for seed in range(8)]
-    assert spread(pictures) > 3 * spread(alike)
+def test_a_thing_moves_by_whole_latents(shapes: Vocabulary) -> None:
+    """Nine places are nine pictures."""
+    scene = Scene((shapes.find("red heart"),), background=3)
+    middle = Composer(shapes, poses=STILL).compose(scene, random.Random(0))
+    moved = {np.roll(middle, (y, x), axis=(0, 1)).tobytes() for x in (-4, 0, 4) for y in (-4, 0, 4)}
+    composer = Composer(shapes, poses=Poses(reach=1, mirrored=0.0))
+    assert {composer.compose(scene, random.Random(seed)).tobytes() for seed in range(200)} == moved
 
 
-def spread(pictures: list[np.ndarray[tuple[int, ...], np.dtype[np.int16]]]) -> float:
-    return float(np.mean([np.abs(one - other).mean() for one in pictures for other in pictures]))
+def test_half_of_the_things_are_mirrored() -> None:
+    vocabulary = load_vocabulary().without_emoji()
+    arrow = [[Image.new("RGBA", (64, 64), (0, 0, 0, 0))] for _ in vocabulary.things]
+    arrow[0][0].paste((255, 255, 255, 255), (0, 0, 32, 64))
+    composer, scene = Composer(vocabulary, arrow), Scene((0,), background=9)
+    pictures = [composer.compose(scene, random.Random(seed)).astype(int) for seed in range(100)]
+    assert 30 < sum(picture[:, :28].sum() > picture[:, 36:].sum() for picture in pictures) < 70

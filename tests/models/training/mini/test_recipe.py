@@ -1,10 +1,20 @@
 """The whole recipe, a few steps of each stage: every folder that ships loads and draws."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline, EulerAncestralDiscreteScheduler, LCMScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+)
 from safetensors.torch import load_file
 
+from models.training.errors import TrainingError
 from models.training.mini.export import CARDS
 from models.training.mini.recipe import Recipe
 from models.training.mini.vocabulary import Vocabulary
@@ -53,6 +63,25 @@ def test_turbos_scheduler_ends_at_the_last_timesteps_of_training(recipe: Recipe)
     scheduler = EulerAncestralDiscreteScheduler.from_pretrained(recipe.bundled / "mini-turbo-lora")
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_export_ships_what_was_made_so_far(recipe: Recipe, tmp_path: Path) -> None:
+    half = Recipe(tmp_path / "runs", recipe.vocabulary, bundled=tmp_path / "bundled")
+    with pytest.raises(TrainingError, match="has nothing to export"):
+        half.export()
+    shutil.copytree(recipe.out / "lcm", half.out / "lcm")
+    half.export()
+    assert [folder.name for folder in half.bundled.iterdir()] == ["mini-lcm-lora"]
+    assert (half.bundled / "mini-lcm-lora" / "scheduler_config.json").exists()
+
+
+def test_going_on_from_finished_models_keeps_their_latents(recipe: Recipe, tmp_path: Path) -> None:
+    more = Recipe(tmp_path / "runs", recipe.vocabulary, share=5e-3, start=recipe.bundled)
+    more.autoencoder()
+    before = AutoencoderKL.from_pretrained(recipe.bundled / "mini-sd", subfolder="vae", variant="fp16").state_dict()
+    after = AutoencoderKL.from_pretrained(more.out / "autoencoder" / "vae").state_dict()
+    changed = {name.partition(".")[0] for name in after if not torch.equal(before[name].float(), after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_stages_that_are_done_do_nothing(recipe: Recipe) -> None:
