@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(distill_app, name="distill")
 app.add_typer(train_app, name="train")
+
+COMPUTING = ("worker", "train", "distill")  # commands that compute for long
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="An entry of the catalog; see: fewstep models list")]
 
@@ -300,6 +303,10 @@ def _bracketed(host: str) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] and sys.argv[1] in COMPUTING:
+        from workers.allocator import use_tcmalloc
+
+        use_tcmalloc()
     die_with_parent()
     app()
 

@@ -11,7 +11,11 @@ ENV PYTHONUNBUFFERED=1 \
 # Weights from the Hugging Face Hub land in a volume and survive the container, and so does what was pulled when.
 ENV HF_HOME=/var/cache/huggingface \
     FEWSTEP_LOCK_FILE=/var/cache/huggingface/fewstep.lock
-RUN useradd --uid 10001 --create-home fewstep \
+# tcmalloc: a worker takes it where it is installed, and computes faster on CPUs.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libtcmalloc-minimal4 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --create-home fewstep \
     && install -d -o fewstep -g fewstep "$HF_HOME"
 VOLUME /var/cache/huggingface
 WORKDIR /srv/fewstep
