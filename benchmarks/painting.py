@@ -23,19 +23,18 @@ from workers.engine.runner import ModelRunner
 
 BASE = get_spec(load_catalog(), "mini-lcm")
 TEACHER = "mini-sd"
-TRAILING = {"timestep_spacing": "trailing"}
-SCHEDULERS = {
-    **BASE.schedulers,
+FURTHER_SCHEDULERS = {
     "tcd, eta 0": SchedulerSpec(class_name="TCDScheduler", config={"original_inference_steps": 20}),
-    "unipc": SchedulerSpec(class_name="UniPCMultistepScheduler", config=TRAILING),
+    "unipc": SchedulerSpec(class_name="UniPCMultistepScheduler", config={"timestep_spacing": "trailing"}),
 }
+SCHEDULERS = (*BASE.schedulers, *FURTHER_SCHEDULERS)
 BATCH = 32
 LABEL_WIDTH, GAP = 150, 4  # of a gallery, in pixels
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to draw. `mini-sd` is `mini-lcm` without its LCM-LoRA; `style` is a style LoRA's name and weight."""
+    """One way to draw. `model` is an entry of the catalog or a bundled teacher; `style` a style LoRA, with its weight."""
 
     model: str
     scheduler: str
@@ -87,15 +86,17 @@ class Painter:
     def _engine(self, model: str) -> Engine:
         if model not in self._engines:
             pipeline = load_pipeline(spec_of(model), torch.device("cpu"), torch.float32)
-            self._engines[model] = Engine({BASE.name: ModelRunner(pipeline)})
+            self._engines[model] = Engine({pipeline.spec.name: ModelRunner(pipeline)})
         return self._engines[model]
 
 
 def spec_of(model: str) -> ModelSpec:
-    """The catalog's entry with every scheduler that is compared."""
-    spec = BASE if model == TEACHER else get_spec(load_catalog(), model)
-    lora = None if model == TEACHER else spec.lora
-    return spec.model_copy(update={"schedulers": SCHEDULERS, "lora": lora})
+    """An entry, or for a teacher the entry that draws with it, without its LoRA; with every scheduler that is compared.
+    Raises CatalogError."""
+    entries = load_catalog()
+    students = [entry for entry in entries.values() if entry.lora and entry.source == f"bundled:{model}"]
+    spec = students[0].model_copy(update={"lora": None}) if students else get_spec(entries, model)
+    return spec.model_copy(update={"schedulers": spec.schedulers | FURTHER_SCHEDULERS})
 
 
 @torch.no_grad()
