@@ -34,7 +34,7 @@ LABEL_WIDTH, GAP = 150, 4  # of a gallery, in pixels
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to draw. `model` is an entry of the catalog or a bundled teacher; `style` a style LoRA, with its weight."""
+    """One way to draw. `model` is an entry of the catalog or a bundled teacher; `style` a style LoRA's choice."""
 
     model: str
     scheduler: str
