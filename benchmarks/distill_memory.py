@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.architectures import SD15, SDXL, Architecture
+from benchmarks.counting import META, Peak
 from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.full_size import SD15, SDXL, Architecture, Peak
 from benchmarks.machine import REPOSITORY
-from benchmarks.memory import META
 from benchmarks.report import print_table, write_report
 from models.catalog import Size
 from models.training.diffusion import Diffusion, build_scheduler

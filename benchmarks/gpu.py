@@ -36,26 +36,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.architectures import ARCHITECTURES, Architecture, shrink
+from benchmarks.counting import META, Attention, Counter
 from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.full_size import (
-    ARCHITECTURES,
-    GPU_BENCHMARK,
-    Architecture,
-    Attention,
-    Counter,
-    Parts,
-    build_parts,
-    make_spec,
-    shrink,
-)
 from benchmarks.machine import REPOSITORY, cpu_name
 from benchmarks.prompts import endless_prompts
+from benchmarks.random_weights import Parts, build_parts
 from benchmarks.report import print_table
 from broker.messages import Decoder, Delivery, Job
-from models.catalog import Size
+from models.catalog import ModelSpec, Range, Size, StepRange
 from models.families.base import DiffusersFamily
 from models.graphs import Capture, Graphed, Replay
 from models.loading import FAMILIES, default_device
+from models.loras import StyleLoras
 from workers.engine import Engine, Finished, GenerationFailed
 from workers.engine.calibration import WarmUpError, batch_sizes, warm_up
 from workers.engine.engine import run_until_done
@@ -64,6 +57,7 @@ from workers.engine.runner import ModelRunner
 from workers.images import encode_picture
 
 Mode = Literal["eager", "graphs", "compiled"]
+DEFAULT_ARCHITECTURES = ("sdxl-turbo", "sd15-lcm", "sd-turbo")
 MODES: tuple[Mode, ...] = ("eager", "graphs", "compiled")
 DECODERS: tuple[Decoder, ...] = ("full", "tiny")
 STEPS = (1, 2, 4)
@@ -274,7 +268,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     names = [architecture.name for architecture in ARCHITECTURES if architecture.family != "consistency"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", nargs="+", choices=names, default=GPU_BENCHMARK)
+    parser.add_argument("--architectures", nargs="+", choices=names, default=DEFAULT_ARCHITECTURES)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager", "graphs"])
     parser.add_argument("--max-batch", type=int, default=32, help="at the smallest size; larger ones have fewer rows")
     parser.add_argument("--max-compiled-batch", type=int, default=1, help="each batch size is compiled anew")
@@ -382,6 +376,7 @@ class Subject:
             tiny_vae=self.parts.tiny_vae,
             scheduler_config=dict(self.parts.pipe.scheduler.config),
             revision="random weights",
+            loras=StyleLoras(self.architecture.name, {}, self.device),
         )
         return pipeline, graphs
 
@@ -437,22 +432,41 @@ def part_calls(pipeline: DiffusersFamily, size: Size, batch: int) -> dict[str, C
     }
 
 
+def make_spec(architecture: Architecture, size: Size, max_batch_size: int) -> ModelSpec:
+    """A catalog entry for one picture size. Guidance is allowed where a guided request's two rows fit."""
+    return ModelSpec(
+        name=architecture.name,
+        description="random weights",
+        family=architecture.family,
+        source="random weights",
+        license="none",
+        schedulers={"default": architecture.scheduler},
+        default_scheduler="default",
+        num_inference_steps=StepRange(default=architecture.steps, min=1, max=8),
+        guidance_scale=Range(default=0, min=0, max=2 if max_batch_size > 1 else 1),
+        sizes=[size],
+        warm_sizes=[size],
+        max_batch_size=max_batch_size,
+        max_num_images=1,
+    )
+
+
 class Costs:
     """The arithmetic of each part, counted on a copy of the model that has shapes and no memory."""
 
     def __init__(self, architecture: Architecture, size: Size, options: argparse.Namespace) -> None:
-        meta = torch.device("meta")
-        parts = build_parts(architecture, meta, options.dtype)
+        parts = build_parts(architecture, META, options.dtype)
         self.architecture, self.size, self._options = architecture, size, options
         self._counted: dict[int, dict[str, Counter]] = {}
         self._pipeline = FAMILIES[architecture.family].kind(
             make_spec(architecture, size, 1),
-            meta,
+            META,
             options.dtype,
             pipe=parts.pipe,
             tiny_vae=parts.tiny_vae,
             scheduler_config=dict(parts.pipe.scheduler.config),
             revision="random weights",
+            loras=StyleLoras(architecture.name, {}, META),
         )
 
     def count(self, batch: int) -> dict[str, Counter]:

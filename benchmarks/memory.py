@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.architectures import ARCHITECTURES, Architecture
+from benchmarks.counting import META, Peak
 from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.full_size import ARCHITECTURES, Architecture, Parts, Peak, build_parts
 from benchmarks.machine import REPOSITORY
+from benchmarks.random_weights import Parts, build_parts
 from benchmarks.report import print_table, write_report
 from models.catalog import ModelSpec, Size, get_spec, load_catalog
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@
     python -m benchmarks.models --models sd-turbo sdxl-lcm
     python -m benchmarks.models --small                     # narrow twins, to try the program on a CPU
 
-Each model is built as published (benchmarks/full_size.py), saved as a folder in half precision, with a LoRA where its
-entry has one, and served by `fewstep serve` (gateway, Redis, worker) with the entry's own limits at its default size.
-*Cold start* runs from the command to the first 200 of `/readyz`, warm-up of every batch size included. *Step* and
+Each model is built as published (benchmarks/architectures.py), saved as a folder in half precision, with a LoRA where
+its entry has one, and served by `fewstep serve` (gateway, Redis, worker) with the entry's own limits at its default
+size. *Cold start* runs from the command to the first 200 of `/readyz`, warm-up of every batch size included. *Step* and
 *decode* are what warm-up measured; the larger batch is the one up to which a batch pays. *P50* is of single pictures
 over HTTP, JPEG, the entry's default steps, each prompt a new one. *Peak* is what the device's used memory grew by, the
 CUDA context and all caches included; on a CPU it is the worker's resident memory.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import statistics
 import sys
@@ -36,11 +35,13 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from benchmarks.architectures import ARCHITECTURES, Architecture, find_architecture, shrink
+from benchmarks.device import free_memory
 from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.figures import BenchmarkError
-from benchmarks.full_size import ARCHITECTURES, Architecture, build_parts, find_architecture, shrink
 from benchmarks.machine import REPOSITORY
 from benchmarks.prompts import endless_prompts
+from benchmarks.random_weights import build_parts
 from benchmarks.report import print_table, write_report
 from benchmarks.servers import Server, find_role, free_port, running
 from models.catalog import LoraSpec, ModelSpec, get_spec, load_catalog
@@ -119,7 +120,7 @@ def device_names() -> dict[str, object]:
 def measure(name: str, options: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory(prefix="fewstep-models-") as folder:
         weights_gib, spec = make_model(name, Path(folder), is_small=options.small)
-        free_memory()
+        free_memory(default_device())
         with MemoryMeter() as memory, service(spec, Path(folder), options.cuda_graphs) as (server, ready_s):
             costs = read_costs(server, spec)
             p50_ms = statistics.median(draw(server, spec, number) for number in range(options.pictures))
@@ -231,12 +232,6 @@ def draw(server: Server, spec: ModelSpec, number: int) -> float:
 
 
 # Memory
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class MemoryMeter:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import diffusers
 import torch
 
+from benchmarks.architectures import Architecture
+from benchmarks.counting import META, Peak
 from benchmarks.distill_memory import (
     TRAINED_BYTES,
     Autocast,
@@ -22,8 +24,6 @@ from benchmarks.distill_memory import (
     make_conditions,
     run,
 )
-from benchmarks.full_size import Architecture, Peak
-from benchmarks.memory import META
 from models.catalog import Size
 from models.training.add import AddSettings, Adversary, WholeStudent, build_heads
 from models.training.diffusion import Diffusion, build_scheduler

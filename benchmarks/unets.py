@@ -1,9 +1,7 @@
-"""UNets of three sizes to measure: inputs for them, and the clock."""
+"""UNets of three sizes to measure, and inputs for them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +9,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.full_size import SDXL_UNET
+from benchmarks.architectures import MAX_TOKENS, SDXL_UNET
 from benchmarks.machine import REPOSITORY
 from models.networks import settle
 
 NAMES = ("mini", "mid", "full")
-NUM_TOKENS = 77
 NUM_TIME_IDS = 6
 MID_UNET = SDXL_UNET | {
     "block_out_channels": (128, 256, 512),
@@ -50,7 +47,7 @@ class Subject:
         shapes: list[tuple[int, ...]] = [
             (config.in_channels, self.side, self.side),
             (),
-            (NUM_TOKENS, config.cross_attention_dim),
+            (MAX_TOKENS, config.cross_attention_dim),
         ]
         if self.added_names:
             ids_width = NUM_TIME_IDS * config.addition_time_embed_dim
@@ -71,17 +68,3 @@ def make_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject
     with device:
         unet = UNet2DConditionModel(**(MID_UNET if name == "mid" else SDXL_UNET)).to(dtype)
     return Subject(name, settle(unet, device), 32 if name == "mid" else 64)
-
-
-def time_ms(work: Callable[[], Any], device: torch.device) -> float:
-    """What the device still computes is waited for, before and after."""
-    wait_for(device)
-    started_s = time.perf_counter()
-    work()
-    wait_for(device)
-    return (time.perf_counter() - started_s) * 1000
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

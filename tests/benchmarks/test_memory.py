@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.full_size import Peak
+from benchmarks.counting import META, Peak
 from benchmarks.memory import estimate_all
-
-META = torch.device("meta")
 
 
 def test_a_peak_is_what_lives_at_once() -> None:
