@@ -34,10 +34,15 @@ def format_cell(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def write_report(path: Path, settings: Mapping[str, object], figures: Mapping[str, Any]) -> None:
+def write_report(
+    path: Path,
+    settings: Mapping[str, object],
+    figures: Mapping[str, Any],
+    machine: Mapping[str, object] | None = None,
+) -> None:
     """Machine, settings and figures (lists of dataclasses, or plain values) as JSON."""
     report = {
-        "machine": describe_machine(),
+        "machine": machine or describe_machine(),
         "settings": {key: str(value) for key, value in settings.items()},
         **{name: _plain(value) for name, value in figures.items()},
     }

@@ -1,0 +1,1 @@
+"""The real architectures on one GPU: `python -m benchmarks.gpu`."""
