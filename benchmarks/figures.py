@@ -7,12 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal, TypeAlias
 
+from benchmarks.rounds import percentiles
+
 FLOOR, CEILING = "diffusers", "diffusers in batches"
 SERVICE, PLAIN, LITSERVE = "fewstep serve", "FastAPI + lock", "LitServe"
 AIMED_AT_CLIENTS = 32
 COLUMNS = (
     "program", "load", "images/s", "P50 ms", "P95 ms", "P99 ms", "goodput/s", "refused", "CPU ms/picture", "pictures",
 )  # fmt: skip
+
+WORDS = ("program", "load", "mode")  # columns of words; all others have numbers
 
 
 class BenchmarkError(Exception):
@@ -91,9 +95,8 @@ Table: TypeAlias = dict[tuple[str, Load], Turn | None]
 def measure(latencies_ms: Sequence[float], images_per_s: float, seconds: float, deadline_s: float) -> Figures:
     if len(latencies_ms) < 2:
         raise BenchmarkError(f"only {len(latencies_ms)} pictures in {seconds:.0f} s: more --seconds are needed")
-    cuts = statistics.quantiles(latencies_ms, n=100, method="inclusive")
     num_good = sum(ms <= deadline_s * 1000 for ms in latencies_ms)
-    return Figures(images_per_s, num_good / seconds, cuts[49], cuts[94], cuts[98])
+    return Figures(images_per_s, num_good / seconds, *percentiles(latencies_ms))
 
 
 def take_medians(rounds: Sequence[Turn | Skipped]) -> Table:
@@ -153,7 +156,7 @@ def format_cpu(table: Table) -> str:
 
 
 def format_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [names, ["---" if name in ("program", "load") else "---:" for name in names], *rows]
+    lines = [names, ["---" if name in WORDS else "---:" for name in names], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

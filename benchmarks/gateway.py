@@ -19,12 +19,10 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import redis
@@ -34,6 +32,7 @@ from benchmarks.gateway_clients import FORMS, Form, HttpReport, HttpTurn, LiveRe
 from benchmarks.instant_worker import MODEL
 from benchmarks.machine import REPOSITORY
 from benchmarks.report import print_table, write_report
+from benchmarks.rounds import percentiles, take_medians
 from benchmarks.servers import Server, free_port, running
 from broker.embedded import EmbeddedRedis
 from broker.scripts import load_script
@@ -311,28 +310,6 @@ def cpu_per_request(report: HttpReport) -> dict[str, float]:
     ours = {role: seconds for role, seconds in report.cpu_s.items() if role != "others"}
     per_request_ms = {f"{role}_ms": seconds * 1000 / max(1, report.num_answered) for role, seconds in ours.items()}
     return per_request_ms | {"others_cores": report.cpu_s["others"] / report.seconds}
-
-
-def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """P50, P95, P99."""
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return cuts[49], cuts[94], cuts[98]
-
-
-def take_medians(rows: Sequence[Any], *keys: str) -> list[Any]:
-    """One row per value of `keys`: the medians of all other figures."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[tuple(getattr(row, key) for key in keys)].append(row)
-    return [median_of(group, keys) for group in groups.values()]
-
-
-def median_of(group: Sequence[Any], keys: Sequence[str]) -> Any:
-    names = [field.name for field in fields(group[0]) if field.name not in keys]
-    columns = {name: [getattr(row, name) for row in group] for name in names}
-    return replace(
-        group[0], **{name: statistics.median(column) for name, column in columns.items() if None not in column}
-    )
 
 
 # Scripts

@@ -23,15 +23,14 @@ import psutil
 import uvloop
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
-from websockets.typing import Subprotocol
 
+from benchmarks.live import SUBPROTOCOL, live_url, parse_header
 from benchmarks.load import Connection, draw_arrivals
 from benchmarks.prompts import endless_prompts
 
 Form = Literal["bytes", "json", "openai", "async"]
 FORMS: tuple[Form, ...] = ("bytes", "json", "openai", "async")
 
-SUBPROTOCOL = Subprotocol("fewstep.live.v1")
 PATIENCE_S = 60.0  # beside the time asked for
 MAX_IDLE_S = 4.0  # uvicorn closes connections that are idle for 5 s
 ASK_AGAIN_S = 0.02  # how long a client waits after a 202 before it asks for the picture
@@ -304,7 +303,7 @@ async def open_sockets(stack: contextlib.AsyncExitStack, port: int, number: int)
     async def dial() -> ClientConnection:
         async with dialling:
             opening = connect(
-                f"ws://127.0.0.1:{port}/v1/live",
+                live_url(port),
                 subprotocols=[SUBPROTOCOL],
                 compression=None,
                 max_size=None,
@@ -365,8 +364,7 @@ class Person:
             self.errors[f"closed: {closed}"] += 1
 
     async def _see(self, frame: bytes) -> None:
-        end = 4 + int.from_bytes(frame[:4], "big")
-        header = json.loads(frame[4:end])
+        header = parse_header(frame)
         self.latencies_ms.append((time.perf_counter() - self._sent_s[header["seq"]]) * 1000)
         await self._send({"type": "ack", "frame": header["frame"]})
 

@@ -49,6 +49,10 @@ class Window:
     start_s: float
     end_s: float
 
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
+
     def __contains__(self, moment_s: float) -> bool:
         return self.start_s <= moment_s < self.end_s
 
@@ -221,7 +225,7 @@ def summarise(outcomes: Sequence[Outcome], window: Window, cpu_s: float, *, is_o
     for expected in (REFUSED, LATE):
         problems.pop(expected, None)
     return Result(
-        seconds=window.end_s - window.start_s,
+        seconds=window.seconds,
         latencies_ms=[(o.answered_s - o.due_s) * 1000 for o in counted if o.error is None],
         num_refused=sum(outcome.error == REFUSED for outcome in counted),
         num_late=sum(outcome.error == LATE for outcome in counted),

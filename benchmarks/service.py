@@ -45,16 +45,10 @@ from benchmarks.servers import (
     CpuMeter,
     DiffusersLoop,
     Drawing,
-    Server,
     fewstep_server,
-    free_port,
     litserve_server,
     plain_server,
-    running,
-    wait_until_ready,
 )
-
-__all__ = ["BenchmarkError", "Server", "free_port", "running", "wait_until_ready"]
 
 HOPELESS = 1.5  # times what a program can do: its queue would only grow
 

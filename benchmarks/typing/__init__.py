@@ -1,0 +1,1 @@
+"""People who type at live sockets: `python -m benchmarks.typing`."""
