@@ -1,0 +1,1 @@
+"""The engine in a thread or in a process: `python -m benchmarks.process`."""
