@@ -26,11 +26,11 @@ from typing import Any
 
 import httpx
 
-from benchmarks.load import Result
-from benchmarks.machine import REPOSITORY
-from benchmarks.prompts import endless_prompts
-from benchmarks.report import print_table, write_report
-from benchmarks.servers import Server, free_port, running
+from benchmarks.shared.load import Result
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.prompts import endless_prompts
+from benchmarks.shared.report import print_table, write_report
+from benchmarks.shared.servers import Server, free_port, running
 
 GENERATIONS = "/v1/generations"
 POLL_S = 0.1
@@ -189,7 +189,7 @@ def run_load(service: Service, loop: list[str], body: dict[str, object], seconds
     command = [
         sys.executable,
         "-m",
-        "benchmarks.load",
+        "benchmarks.shared.load",
         "--port",
         str(service.port),
         "--key",

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import time_ms
-from benchmarks.diffusers_loop import hush_libraries, parse_dtype
-from benchmarks.machine import REPOSITORY
-from benchmarks.report import print_table, write_report
-from benchmarks.unets import NAMES, Subject, make_subject
+from benchmarks.shared.device import time_ms
+from benchmarks.shared.diffusers_loop import hush_libraries, parse_dtype
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.report import print_table, write_report
+from benchmarks.shared.unets import NAMES, Subject, make_subject
 from models.compiling.cache import PackageCache
 from models.compiling.compiler import Compiler, Package
 from models.compiling.packages import load

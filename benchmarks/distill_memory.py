@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.architectures import SD15, SDXL, Architecture
-from benchmarks.counting import META, Peak
-from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.machine import REPOSITORY
-from benchmarks.report import print_table, write_report
+from benchmarks.shared.architectures import SD15, SDXL, Architecture
+from benchmarks.shared.counting import META, Peak
+from benchmarks.shared.diffusers_loop import hush_libraries
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.report import print_table, write_report
 from models.catalog import Size
 from models.training.diffusion import Diffusion, build_scheduler
 from models.training.lcm import Consistency, FullStudent, GuidedStudent, LcmSettings, LoraStudent

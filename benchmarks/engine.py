@@ -22,10 +22,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.machine import REPOSITORY
-from benchmarks.prompts import endless_prompts
-from benchmarks.report import print_table, write_report
+from benchmarks.shared.diffusers_loop import hush_libraries
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.prompts import endless_prompts
+from benchmarks.shared.report import print_table, write_report
 from broker.messages import Delivery, SamplingParams
 from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, load_diffusers, load_pipeline

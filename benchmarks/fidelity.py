@@ -27,10 +27,10 @@ from time import perf_counter
 
 import numpy as np
 
-from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.machine import REPOSITORY
-from benchmarks.painting import SCHEDULERS, TEACHER, Painter, Setting, rebuild, save_gallery, save_sheet
-from benchmarks.report import print_table, write_between, write_report
+from benchmarks.shared.diffusers_loop import hush_libraries
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.painting import SCHEDULERS, TEACHER, Painter, Setting, rebuild, save_gallery, save_sheet
+from benchmarks.shared.report import print_table, write_between, write_report
 from models.catalog import BUNDLED_PATH
 from models.training.mini.dataset import Composer, Pixels
 from models.training.mini.judging import Case, CaseMaker, Judge, Kind, Verdict, check_reference, wilson

@@ -24,11 +24,11 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.device import time_ms
-from benchmarks.diffusers_loop import hush_libraries, parse_dtype
-from benchmarks.machine import REPOSITORY
-from benchmarks.report import print_table, write_report
-from benchmarks.unets import NAMES, Subject, make_subject
+from benchmarks.shared.device import time_ms
+from benchmarks.shared.diffusers_loop import hush_libraries, parse_dtype
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.report import print_table, write_report
+from benchmarks.shared.unets import NAMES, Subject, make_subject
 from models.catalog import StyleLora, get_spec, load_catalog
 from models.families.latent_diffusion import unet_network
 from models.graphs import Graphed

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.architectures import ARCHITECTURES, Architecture
-from benchmarks.counting import META, Peak
-from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.machine import REPOSITORY
-from benchmarks.random_weights import Parts, build_parts
-from benchmarks.report import print_table, write_report
+from benchmarks.shared.architectures import ARCHITECTURES, Architecture
+from benchmarks.shared.counting import META, Peak
+from benchmarks.shared.diffusers_loop import hush_libraries
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.random_weights import Parts, build_parts
+from benchmarks.shared.report import print_table, write_report
 from models.catalog import ModelSpec, Size, get_spec, load_catalog
 
 

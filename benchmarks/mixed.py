@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.diffusers_loop import hush_libraries, parse_dtype
-from benchmarks.machine import REPOSITORY
-from benchmarks.prompts import endless_prompts
-from benchmarks.report import print_table, write_report
+from benchmarks.shared.diffusers_loop import hush_libraries, parse_dtype
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.prompts import endless_prompts
+from benchmarks.shared.report import print_table, write_report
 from broker.messages import Delivery
 from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, load_pipeline

@@ -4,7 +4,7 @@
     python -m benchmarks.models --models sd-turbo sdxl-lcm
     python -m benchmarks.models --small                     # narrow twins, to try the program on a CPU
 
-Each model is built as published (benchmarks/architectures.py), saved as a folder in half precision, with a LoRA where
+Each model is built as published (`architectures.py`), saved as a folder in half precision, with a LoRA where
 its entry has one, and served by `fewstep serve` (gateway, Redis, worker) with the entry's own limits at its default
 size. *Cold start* runs from the command to the first 200 of `/readyz`, warm-up of every batch size included. *Step* and
 *decode* are what warm-up measured; the larger batch is the one up to which a batch pays. *P50* is of single pictures
@@ -35,15 +35,15 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from benchmarks.architectures import ARCHITECTURES, Architecture, find_architecture, shrink
-from benchmarks.device import free_memory
-from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.figures import BenchmarkError
-from benchmarks.machine import REPOSITORY
-from benchmarks.prompts import endless_prompts
-from benchmarks.random_weights import build_parts
-from benchmarks.report import print_table, write_report
-from benchmarks.servers import Server, find_role, free_port, running
+from benchmarks.shared.architectures import ARCHITECTURES, Architecture, find_architecture, shrink
+from benchmarks.shared.device import free_memory
+from benchmarks.shared.diffusers_loop import hush_libraries
+from benchmarks.shared.figures import BenchmarkError
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.prompts import endless_prompts
+from benchmarks.shared.random_weights import build_parts
+from benchmarks.shared.report import print_table, write_report
+from benchmarks.shared.servers import Server, find_role, free_port, running
 from models.catalog import LoraSpec, ModelSpec, get_spec, load_catalog
 from models.loading import default_device
 

@@ -27,11 +27,11 @@ from typing import Any
 
 from playwright.sync_api import CDPSession, Page, sync_playwright
 
-from benchmarks.figures import BenchmarkError
-from benchmarks.machine import REPOSITORY
-from benchmarks.prompts import endless_prompts
-from benchmarks.report import print_table, write_report
-from benchmarks.servers import Server, free_port, running
+from benchmarks.shared.figures import BenchmarkError
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.prompts import endless_prompts
+from benchmarks.shared.report import print_table, write_report
+from benchmarks.shared.servers import Server, free_port, running
 
 DIARY = Path(__file__).with_suffix(".js")
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-precise-memory-info", "--js-flags=--expose-gc"]

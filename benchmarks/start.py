@@ -15,9 +15,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.machine import REPOSITORY
-from benchmarks.report import print_table, write_report
-from benchmarks.servers import Contender, Drawing, fewstep_server
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.report import print_table, write_report
+from benchmarks.shared.servers import Contender, Drawing, fewstep_server
 
 
 @dataclass(frozen=True)

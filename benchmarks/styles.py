@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.fidelity import MARKS, TEACHER_GUIDANCE, TEACHER_SCHEDULER, TEACHER_STEPS, Share, share
-from benchmarks.machine import REPOSITORY
-from benchmarks.painting import BASE, TEACHER, Painter, Setting, rebuild, save_sheet
-from benchmarks.report import print_table, write_between, write_report
+from benchmarks.shared.diffusers_loop import hush_libraries
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.painting import BASE, TEACHER, Painter, Setting, rebuild, save_sheet
+from benchmarks.shared.report import print_table, write_between, write_report
 from broker.messages import LoraWeight
 from models.catalog import BUNDLED_PATH
 from models.training.mini.dataset import IMAGE_SIZE, RGB, Composer, Pixels

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import diffusers
 import torch
 
-from benchmarks.architectures import Architecture
-from benchmarks.counting import META, Peak
 from benchmarks.distill_memory import (
     TRAINED_BYTES,
     Autocast,
@@ -24,6 +22,8 @@ from benchmarks.distill_memory import (
     make_conditions,
     run,
 )
+from benchmarks.shared.architectures import Architecture
+from benchmarks.shared.counting import META, Peak
 from models.catalog import Size
 from models.training.add import AddSettings, Adversary, WholeStudent, build_heads
 from models.training.diffusion import Diffusion, build_scheduler

@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 import torch._dynamo
 
-from benchmarks.architectures import ARCHITECTURES, Architecture, shrink
-from benchmarks.device import MIN_ROUNDS, free_memory
-from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.gpu.attention import measure_attention
 from benchmarks.gpu.engine import run_engine
 from benchmarks.gpu.machine import describe
 from benchmarks.gpu.parts import Costs, Roofline, count_parameters, measure_parts
 from benchmarks.gpu.report import CaptureRow, Report
 from benchmarks.gpu.subject import MODES, Mode, Subject, fair_batch, format_size
-from benchmarks.machine import REPOSITORY
-from benchmarks.random_weights import Parts, build_parts
+from benchmarks.shared.architectures import ARCHITECTURES, Architecture, shrink
+from benchmarks.shared.device import MIN_ROUNDS, free_memory
+from benchmarks.shared.diffusers_loop import hush_libraries
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.random_weights import Parts, build_parts
 from models.catalog import Size
 from models.loading import default_device
 

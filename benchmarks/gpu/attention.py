@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.counting import Attention
-from benchmarks.device import kernel_times, median_ms
 from benchmarks.gpu.parts import Costs
 from benchmarks.gpu.report import AttentionRow, Report
 from benchmarks.gpu.subject import format_size
+from benchmarks.shared.counting import Attention
+from benchmarks.shared.device import kernel_times, median_ms
 
 BACKENDS = {
     "flash_ms": SDPBackend.FLASH_ATTENTION,

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.device import MIN_ROUNDS, read_peaks, reset_peaks
 from benchmarks.gpu.report import CaptureRow, LatencyRow, Report, ThroughputRow, WarmUpRow
 from benchmarks.gpu.subject import Subject
-from benchmarks.prompts import endless_prompts
+from benchmarks.shared.device import MIN_ROUNDS, read_peaks, reset_peaks
+from benchmarks.shared.prompts import endless_prompts
 from broker.messages import Decoder, Delivery, Job
 from models.families.base import DiffusersFamily
 from workers.engine import Engine, Finished, GenerationFailed

@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from benchmarks.device import median_ms
-from benchmarks.machine import cpu_name
+from benchmarks.shared.device import median_ms
+from benchmarks.shared.machine import cpu_name
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pillow", "numpy")
 

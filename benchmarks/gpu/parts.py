@@ -8,13 +8,13 @@ from itertools import islice
 
 import torch
 
-from benchmarks.architectures import Architecture
-from benchmarks.counting import META, Counter
-from benchmarks.device import kernel_times, median_ms
 from benchmarks.gpu.report import ParameterRow, PartRow, Report
 from benchmarks.gpu.subject import Subject
-from benchmarks.prompts import endless_prompts
-from benchmarks.random_weights import Parts, build_parts
+from benchmarks.shared.architectures import Architecture
+from benchmarks.shared.counting import META, Counter
+from benchmarks.shared.device import kernel_times, median_ms
+from benchmarks.shared.prompts import endless_prompts
+from benchmarks.shared.random_weights import Parts, build_parts
 from models.catalog import Size
 from models.families.base import DiffusersFamily
 

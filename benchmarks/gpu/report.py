@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import free_memory, wait_for
-from benchmarks.report import print_table, write_report
+from benchmarks.shared.device import free_memory, wait_for
+from benchmarks.shared.report import print_table, write_report
 from models.networks import first_line
 from workers.engine.calibration import WarmUpError
 

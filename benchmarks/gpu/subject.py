@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.architectures import Architecture
-from benchmarks.random_weights import Parts
+from benchmarks.shared.architectures import Architecture
+from benchmarks.shared.random_weights import Parts
 from models.catalog import ModelSpec, Range, Size, StepRange
 from models.families.base import DiffusersFamily
 from models.graphs import Capture, Graphed, Replay

@@ -19,14 +19,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.figures import BenchmarkError
-from benchmarks.machine import REPOSITORY
 from benchmarks.process.clients import Load, Task, run_clients
 from benchmarks.process.contenders import PROGRAMS, Contender, Program
 from benchmarks.process.engine_process import SPAWN
 from benchmarks.process.figures import Turn, format_turns, judge
-from benchmarks.report import write_report
-from benchmarks.rounds import percentiles, take_medians
+from benchmarks.shared.figures import BenchmarkError
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.report import write_report
+from benchmarks.shared.rounds import percentiles, take_medians
 from broker.embedded import EmbeddedRedis
 from workers.settings import WorkerSettings
 

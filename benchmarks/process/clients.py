@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from app.parameters import Defaults, complete
 from app.schemas import GenerationFields
-from benchmarks.figures import BenchmarkError
-from benchmarks.prompts import endless_prompts
+from benchmarks.shared.figures import BenchmarkError
+from benchmarks.shared.prompts import endless_prompts
 from broker.messages import Accepted, Completed, Job, Preview, Started
 from broker.redis_broker import RedisBroker
 from broker.terms import Limits

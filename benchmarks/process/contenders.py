@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import psutil
 
-from benchmarks.diffusers_loop import hush_libraries
-from benchmarks.figures import BenchmarkError
 from benchmarks.process.engine_process import SPAWN, EngineProcess, RemoteModels
 from benchmarks.process.thread_worker import ThreadWorker
-from benchmarks.servers import READY_WITHIN_S, CpuMeter, signal_group
+from benchmarks.shared.diffusers_loop import hush_libraries
+from benchmarks.shared.figures import BenchmarkError
+from benchmarks.shared.servers import READY_WITHIN_S, CpuMeter, signal_group
 from broker.redis_broker import RedisBroker
 from workers.settings import WorkerSettings
 from workers.worker import Worker

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.diffusers_loop import hush_libraries
 from benchmarks.process.thread_worker import ThreadWorker
+from benchmarks.shared.diffusers_loop import hush_libraries
 from broker.messages import Abort, Delivery, ModelStatus, WarmModel
 from models.pipeline import Conditioning
 from workers.engine import EngineOutput

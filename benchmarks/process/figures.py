@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from benchmarks.figures import format_table
 from benchmarks.process.clients import Load
 from benchmarks.process.contenders import PROGRAMS, Program
+from benchmarks.shared.figures import format_table
 
 MIN_SIGMAS = 2.0  # a difference below so many standard errors is none
 

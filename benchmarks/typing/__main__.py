@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import BenchmarkError
-from benchmarks.machine import REPOSITORY
-from benchmarks.report import write_report
-from benchmarks.rounds import take_medians
+from benchmarks.shared.figures import BenchmarkError
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.report import write_report
+from benchmarks.shared.rounds import take_medians
 from benchmarks.typing.figures import Figures, judge, print_tables, summarise
 from benchmarks.typing.service import Service
 from benchmarks.typing.typists import Turn, run_typists

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from benchmarks.load import Window
+from benchmarks.shared.load import Window
 
 SAMPLE_S = 0.02
 

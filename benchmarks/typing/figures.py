@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.figures import BenchmarkError, format_table
-from benchmarks.rounds import percentiles
+from benchmarks.shared.figures import BenchmarkError, format_table
+from benchmarks.shared.rounds import percentiles
 from benchmarks.typing.service import Work
 from benchmarks.typing.typists import Report, Turn
 

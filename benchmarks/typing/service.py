@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.figures import BenchmarkError
-from benchmarks.servers import Server, free_port, running
+from benchmarks.shared.figures import BenchmarkError
+from benchmarks.shared.servers import Server, free_port, running
 
 NOTHING_LEFT_WITHIN_S = 5.0
 

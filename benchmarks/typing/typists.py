@@ -16,10 +16,10 @@ import psutil
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 
-from benchmarks.figures import BenchmarkError
-from benchmarks.live import SUBPROTOCOL, live_url, parse_header
-from benchmarks.load import Window
-from benchmarks.prompts import endless_prompts
+from benchmarks.shared.figures import BenchmarkError
+from benchmarks.shared.live import SUBPROTOCOL, live_url, parse_header
+from benchmarks.shared.load import Window
+from benchmarks.shared.prompts import endless_prompts
 from benchmarks.typing.diary import Diary, Picture
 
 # Pauses before a letter and before a word, in units of 1 / keys_per_second, which they give with these prompts.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fidelity import MARKS, Bench, Row, Share
-from benchmarks.painting import Setting
+from benchmarks.shared.painting import Setting
 from models.catalog import BUNDLED_PATH
 from models.training.mini.export import CARDS
 from models.training.mini.judging import wilson

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.architectures import SD15, SDXL, Architecture, shrink
-from benchmarks.counting import Peak
 from benchmarks.distill_memory import TRAINED_BYTES, estimate, make_student
+from benchmarks.shared.architectures import SD15, SDXL, Architecture, shrink
+from benchmarks.shared.counting import Peak
 
 SIZE = (128, 128)
 SHALLOW_SDXL = replace(shrink(SDXL), unet=shrink(SDXL).unet | {"transformer_layers_per_block": 1})

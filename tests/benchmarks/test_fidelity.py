@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.painting import GAP, LABEL_WIDTH
+from benchmarks.shared.painting import GAP, LABEL_WIDTH
 
 
 def test_every_row_of_a_question_is_judged(tmp_path: Path) -> None:

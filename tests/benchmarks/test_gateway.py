@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.gateway import QUICK
-from benchmarks.gateway_clients import FORMS
+from benchmarks.gateway.__main__ import QUICK
+from benchmarks.gateway.clients import FORMS
 
 
 def test_the_quick_run_has_all_figures(tmp_path: Path) -> None:

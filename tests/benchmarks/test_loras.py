@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks.loras import Bench
-from benchmarks.unets import Subject
+from benchmarks.shared.unets import Subject
 from models.networks import settle
 from tests.small_models import make_sdxl_folder
 

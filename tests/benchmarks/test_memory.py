@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.counting import META, Peak
 from benchmarks.memory import estimate_all
+from benchmarks.shared.counting import META, Peak
 
 
 def test_a_peak_is_what_lives_at_once() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.architectures import SD15, SDXL, Architecture, shrink
 from benchmarks.distill_memory import TRAINED_BYTES
+from benchmarks.shared.architectures import SD15, SDXL, Architecture, shrink
 from benchmarks.turbo_memory import estimate, make_adversary
 
 SIZE = (128, 128)

@@ -9,8 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.architectures import MAX_TOKENS, SDXL_UNET
-from benchmarks.machine import REPOSITORY
+from benchmarks.shared.architectures import MAX_TOKENS, SDXL_UNET
+from benchmarks.shared.machine import REPOSITORY
 from models.networks import settle
 
 NAMES = ("mini", "mid", "full")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal, TypeAlias
 
-from benchmarks.rounds import percentiles
+from benchmarks.shared.rounds import percentiles
 
 FLOOR, CEILING = "diffusers", "diffusers in batches"
 SERVICE, PLAIN, LITSERVE = "fewstep serve", "FastAPI + lock", "LitServe"

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe_machine
+from benchmarks.shared.machine import describe_machine
 
 
 def print_table(rows: Sequence[Any]) -> str:

@@ -9,7 +9,7 @@ import platform
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "diffusers", "transformers", "fastapi", "uvicorn", "redis")
 
 

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
-from benchmarks.architectures import MAX_TOKENS, SCHEDULE, Architecture
-from benchmarks.prompts import endless_prompts
+from benchmarks.shared.architectures import MAX_TOKENS, SCHEDULE, Architecture
+from benchmarks.shared.prompts import endless_prompts
 from models.loading import FAMILIES, settle
 
 START, END = "<|startoftext|>", "<|endoftext|>"

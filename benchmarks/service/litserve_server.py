@@ -10,7 +10,7 @@ import litserve  # type: ignore[import-untyped]
 import torch
 from fastapi import Request, Response
 
-from benchmarks.diffusers_loop import draw, hush_libraries, parse_dtype
+from benchmarks.shared.diffusers_loop import draw, hush_libraries, parse_dtype
 from models.catalog import get_spec, load_catalog
 from models.loading import default_device, load_diffusers
 

@@ -1,6 +1,6 @@
 """A worker whose engine takes no time: what is left of a request is what gateway, queue and HTTP cost.
 
-    python -m benchmarks.instant_worker REDIS_URL PREFIX
+    python -m benchmarks.gateway.instant_worker REDIS_URL PREFIX
 
 It speaks the worker's protocol on a real Redis: registers, receives in batches, finishes each request in a transaction
 of its own, many at once. Every picture is the same JPEG of 512x512, of the size that a photograph has at quality 85.

@@ -27,13 +27,13 @@ from pathlib import Path
 import psutil
 import redis
 
-from benchmarks.figures import BenchmarkError
-from benchmarks.gateway_clients import FORMS, Form, HttpReport, HttpTurn, LiveReport, LiveTurn, run_http, run_live
-from benchmarks.instant_worker import MODEL
-from benchmarks.machine import REPOSITORY
-from benchmarks.report import print_table, write_report
-from benchmarks.rounds import percentiles, take_medians
-from benchmarks.servers import Server, free_port, running
+from benchmarks.gateway.clients import FORMS, Form, HttpReport, HttpTurn, LiveReport, LiveTurn, run_http, run_live
+from benchmarks.gateway.instant_worker import MODEL
+from benchmarks.shared.figures import BenchmarkError
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.report import print_table, write_report
+from benchmarks.shared.rounds import percentiles, take_medians
+from benchmarks.shared.servers import Server, free_port, running
 from broker.embedded import EmbeddedRedis
 from broker.scripts import load_script
 
@@ -182,7 +182,9 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gateway", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one short round, few connections")
     parser.add_argument("--rounds", type=int, default=Plan.rounds)
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="of each turn")
@@ -232,7 +234,7 @@ def start(num_sockets: int) -> Iterator[Bench]:
 
 @contextlib.contextmanager
 def working(redis_url: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "benchmarks.instant_worker", redis_url, PREFIX]
+    command = [sys.executable, "-m", "benchmarks.gateway.instant_worker", redis_url, PREFIX]
     process = subprocess.Popen(command, cwd=REPOSITORY)
     try:
         yield process

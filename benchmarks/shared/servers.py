@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import psutil
 
-from benchmarks.figures import LITSERVE, PLAIN, SERVICE, BenchmarkError, Load, Turn, measure
-from benchmarks.machine import REPOSITORY
+from benchmarks.shared.figures import LITSERVE, PLAIN, SERVICE, BenchmarkError, Load, Turn, measure
+from benchmarks.shared.machine import REPOSITORY
 
 READY_WITHIN_S = 180
 
@@ -96,7 +96,7 @@ def fewstep_server(drawing: Drawing) -> Iterator[Contender]:
 @contextlib.contextmanager
 def plain_server(drawing: Drawing, dtype: str, threads: int) -> Iterator[Contender]:
     server = Server(PLAIN, free_port())
-    command = [sys.executable, "-m", "benchmarks.plain_server", "--model", drawing.model, "--dtype", dtype]
+    command = [sys.executable, "-m", "benchmarks.service.plain_server", "--model", drawing.model, "--dtype", dtype]
     command += ["--port", str(server.port), "--threads", str(threads)]
     with running(command, server) as process:
         yield resting(Contender(server, process, {"num_inference_steps": drawing.steps}))
@@ -105,7 +105,7 @@ def plain_server(drawing: Drawing, dtype: str, threads: int) -> Iterator[Contend
 @contextlib.contextmanager
 def litserve_server(drawing: Drawing, dtype: str, window_ms: float) -> Iterator[Contender]:
     server = Server(f"{LITSERVE}, {window_ms:g} ms", free_port())
-    command = [sys.executable, "-m", "benchmarks.litserve_server", "--model", drawing.model, "--dtype", dtype]
+    command = [sys.executable, "-m", "benchmarks.service.litserve_server", "--model", drawing.model, "--dtype", dtype]
     command += ["--steps", str(drawing.steps), "--port", str(server.port), "--window-ms", str(window_ms)]
     with running(command, server) as process:
         yield resting(Contender(server, process, {}))
@@ -181,7 +181,7 @@ class DiffusersLoop:
         arguments += ["--batch-sizes", *map(str, batch_sizes), "--threads", str(threads)]
         self._name = name
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.diffusers_loop", *arguments],
+            [sys.executable, "-m", "benchmarks.shared.diffusers_loop", *arguments],
             cwd=REPOSITORY,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -25,7 +25,7 @@ from typing import Self
 
 import uvloop
 
-from benchmarks.prompts import endless_prompts
+from benchmarks.shared.prompts import endless_prompts
 
 REFUSED, LATE = "refused", "late"
 PATIENCE_S = 180  # beside the time asked for: no server here takes so long for what it has accepted

@@ -25,7 +25,7 @@ import torch
 import transformers
 from PIL import Image
 
-from benchmarks.prompts import endless_prompts
+from benchmarks.shared.prompts import endless_prompts
 from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import default_device, default_dtype, load_diffusers
 from workers.images import PNG_COMPRESS_LEVEL

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.figures import (
+from benchmarks.shared.figures import (
     CEILING,
     FLOOR,
     SERVICE,
@@ -37,10 +37,10 @@ from benchmarks.figures import (
     measure,
     take_medians,
 )
-from benchmarks.load import Result
-from benchmarks.machine import REPOSITORY
-from benchmarks.report import write_report
-from benchmarks.servers import (
+from benchmarks.shared.load import Result
+from benchmarks.shared.machine import REPOSITORY
+from benchmarks.shared.report import write_report
+from benchmarks.shared.servers import (
     Contender,
     CpuMeter,
     DiffusersLoop,
@@ -107,7 +107,9 @@ def main() -> None:
 
 
 def parse_options() -> Settings:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.service", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--model", default="mini-lcm")
     add("--steps", type=int, default=4)
@@ -208,7 +210,7 @@ def run_turn(contender: Contender, load: Load, rate_per_s: float | None, setting
 
 
 def run_load(contender: Contender, arguments: Sequence[str], seed: int) -> Result:
-    command = [sys.executable, "-m", "benchmarks.load", "--port", str(contender.server.port), *arguments]
+    command = [sys.executable, "-m", "benchmarks.shared.load", "--port", str(contender.server.port), *arguments]
     command += ["--seed", str(seed), "--body", json.dumps(dict(contender.fields))]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE)
     if done.returncode:

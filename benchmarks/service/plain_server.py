@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
-from benchmarks.diffusers_loop import THREADS, Loop, Mode, draw, fastest, hush_libraries, parse_dtype
+from benchmarks.shared.diffusers_loop import THREADS, Loop, Mode, draw, fastest, hush_libraries, parse_dtype
 from models.catalog import get_spec, load_catalog
 from models.loading import default_device, load_diffusers
 

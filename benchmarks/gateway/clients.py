@@ -1,4 +1,4 @@
-"""The clients of benchmarks/gateway.py: they run in a process of their own, on raw streams.
+"""The clients of the gateway benchmark: they run in a process of their own, on raw streams.
 
 What they time goes from the first byte of a request to the last byte of its answer, less what the worker says that its
 engine took. They also read the CPU time of the processes that they are told of, at both ends of the time that counts.
@@ -24,9 +24,9 @@ import uvloop
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from benchmarks.live import SUBPROTOCOL, live_url, parse_header
-from benchmarks.load import Connection, draw_arrivals
-from benchmarks.prompts import endless_prompts
+from benchmarks.shared.live import SUBPROTOCOL, live_url, parse_header
+from benchmarks.shared.load import Connection, draw_arrivals
+from benchmarks.shared.prompts import endless_prompts
 
 Form = Literal["bytes", "json", "openai", "async"]
 FORMS: tuple[Form, ...] = ("bytes", "json", "openai", "async")

@@ -1,0 +1,1 @@
+"""The service against others: the program, and the two servers beside it."""

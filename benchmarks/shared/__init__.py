@@ -1,0 +1,1 @@
+"""What several programs use: load, servers, prompts, tables, and what is measured on."""
