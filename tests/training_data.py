@@ -1,24 +1,27 @@
-"""Small teachers of every layout and a folder of pictures, for the tests of distillation."""
+"""For the tests of training: small teachers of every layout, a folder of pictures, and what a run wrote and became."""
 
 from __future__ import annotations
 
+import csv
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from models.training.pictures import PictureCache, encode_pictures, find_pictures
 from models.training.teachers import Teacher, open_teacher
-from models.training.trainer import LOG, TrainSettings
+from models.training.trainer import LOG, Compute, Trainer, TrainSettings
 from tests.small_models import make_sd_folder, make_sdxl_folder
 
 CPU = torch.device("cpu")
+EXACT = Compute(CPU, torch.float32)
 SIZE = (32, 32)
 CAPTIONS = ("a red apple", "a blue apple", "one", "two", "three apples on a background", "four")
 
@@ -71,17 +74,56 @@ def settings(steps: int, rate: float = 3e-3, **changes: Any) -> TrainSettings:
     return TrainSettings(steps=steps, rate=rate, **(values | changes))
 
 
-def losses(folder: Path) -> list[float]:
+class Training(Protocol):
+    """Of whatever kind."""
+
+    trainer: Trainer
+
+    def loss(self, step: int, /) -> Tensor: ...
+
+
+def on_one_batch(training: Training) -> Callable[[int], Tensor]:
+    """Its loss, of the same pictures and the same noise at each step."""
+
+    def loss(step: int) -> Tensor:
+        torch.manual_seed(0)
+        training.trainer.rng.seed(0)
+        return training.loss(step)
+
+    return loss
+
+
+def losses(folder: Path, column: str = "loss") -> list[float]:
     """What the log says."""
-    rows = (folder / LOG).read_text().splitlines()[1:]
-    return [float(row.split(",")[1]) for row in rows]
+    with (folder / LOG).open() as file:
+        return [float(row[column]) for row in csv.DictReader(file)]
 
 
-def assert_lower(folder: Path, share: float) -> None:
-    """The last fifth of the losses is at most this share of the first."""
-    values = losses(folder)
+def first_and_last(folder: Path, column: str = "loss") -> tuple[float, float]:
+    """The means of the first and of the last fifth of the losses."""
+    values = losses(folder, column)
     fifth = max(1, len(values) // 5)
-    assert sum(values[-fifth:]) < share * sum(values[:fifth])
+    return sum(values[:fifth]) / fifth, sum(values[-fifth:]) / fifth
+
+
+def assert_lower(folder: Path, share: float, column: str = "loss") -> None:
+    """The last losses are less than this share of the first."""
+    first, last = first_and_last(folder, column)
+    assert last < share * first
+
+
+def assert_same_tensors(ones: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    assert ones.keys() == others.keys()
+    for name, tensor in ones.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def assert_same_training(one: Trainer, other: Trainer) -> None:
+    """As far as each other: weights, averages, and buffers such as those of a normalization."""
+    assert one.step == other.step
+    assert_same_tensors(one.model.state_dict(), other.model.state_dict())
+    with one.averaged_weights(), other.averaged_weights():
+        assert_same_tensors(one.model.state_dict(), other.model.state_dict())
 
 
 @contextmanager

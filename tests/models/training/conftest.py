@@ -1,4 +1,6 @@
-"""Tiny worlds for the training tests: drawn shapes only, so that no font is needed."""
+"""Tiny worlds for the training tests: drawn shapes only, so that no font is needed; and where small teachers lie."""
+
+from pathlib import Path
 
 import pytest
 from transformers import CLIPTokenizer
@@ -9,6 +11,12 @@ from models.training.mini.linear_code import LinearCode
 from models.training.mini.teacher import CaptionedLatents
 from models.training.mini.tokenizer import build_tokenizer
 from models.training.mini.vocabulary import Vocabulary, load_vocabulary
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tests of a module share: teachers, pictures and what they are encoded to. None of them changes it."""
+    return tmp_path_factory.mktemp("training")
 
 
 @pytest.fixture(scope="session")

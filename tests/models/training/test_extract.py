@@ -25,11 +25,6 @@ FULL_RANK = 10_000
 PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("extract")
-
-
 def tune(teacher: Teacher, folder: Path, *, biases: float = 0.0, rank: int | None = None) -> Any:
     """A UNet with other weights in all of its layers, written to `folder`: by changes of `rank`, else of any."""
     torch.manual_seed(1)

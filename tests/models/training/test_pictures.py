@@ -22,11 +22,6 @@ from tests.training_data import CAPTIONS, CPU, SIZE, Kind, make_batches, make_te
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pictures")
-
-
-@pytest.fixture(scope="module")
 def teacher(root: Path) -> Teacher:
     return make_teacher(root, "sdxl")
 

@@ -24,7 +24,7 @@ from models.training.mini.teacher import CaptionedLatents, train_jointly, warm_u
 from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Layout, open_teacher
 from models.training.trainer import CPU, Trainer
-from tests.training_data import assert_lower, settings
+from tests.training_data import assert_lower, assert_same_training, settings
 
 
 class FixedSource(PictureSource):
@@ -114,8 +114,4 @@ def test_a_resumed_run_equals_an_unbroken_one(data: CaptionedLatents, tmp_path: 
     run(tmp_path / "broken", until=4)
     resumed = run(tmp_path / "broken")
     assert resumed.step == 8
-    for name, weight in unbroken.model.state_dict().items():
-        assert torch.equal(weight, resumed.model.state_dict()[name])
-    with unbroken.averaged_weights(), resumed.averaged_weights():
-        for name, weight in unbroken.model.state_dict().items():
-            assert torch.equal(weight, resumed.model.state_dict()[name])
+    assert_same_training(unbroken, resumed)

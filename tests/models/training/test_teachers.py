@@ -20,11 +20,6 @@ from tests.training_data import CPU, KINDS, Kind, change_config, make_teacher
 PROMPTS = ["a red apple", "one two"]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("teachers")
-
-
 @pytest.fixture
 def own_folder(root: Path, tmp_path: Path) -> Path:
     """A teacher that a test may damage."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from models.training.errors import CheckpointError, Diverged, Interrupted
 from models.training.trainer import CHECKPOINT, LOG, Trainer, TrainSettings
-from tests.training_data import full_disk, losses, settings
+from tests.training_data import assert_same_training, full_disk, losses, settings
 
 
 def make_trainer(out: Path, plan: TrainSettings, **identity: object) -> Trainer:
@@ -32,17 +33,6 @@ def loss_of(trainer: Trainer) -> Callable[[int], Tensor]:
     return loss
 
 
-def weights_of(trainer: Trainer) -> list[Tensor]:
-    with trainer.averaged_weights():
-        averages = [weight.clone() for weight in trainer.model.parameters()]
-    return [*trainer.model.parameters(), *averages]
-
-
-def assert_equal(one: Trainer, other: Trainer) -> None:
-    for ours, theirs in zip(weights_of(one), weights_of(other), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def run(out: Path, *untils: int | None, plan: TrainSettings | None = None) -> Trainer:
     """As many trainers one after another as there are ends."""
     for until in untils:
@@ -52,7 +42,7 @@ def run(out: Path, *untils: int | None, plan: TrainSettings | None = None) -> Tr
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
-    assert_equal(run(tmp_path / "one", None), run(tmp_path / "two", 4, 5, None))
+    assert_same_training(run(tmp_path / "one", None), run(tmp_path / "two", 4, 5, None))
 
 
 def test_what_is_drawn_at_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
@@ -64,7 +54,7 @@ def test_what_is_drawn_at_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
     torch.manual_seed(1)
     noisy.fit(loss_of(noisy), on_save=lambda: noise.append(torch.randn(100)))
     assert len(noise) == 5
-    assert_equal(quiet, noisy)
+    assert_same_training(quiet, noisy)
 
 
 def test_several_batches_make_one_step(tmp_path: Path) -> None:
@@ -78,6 +68,20 @@ def test_several_batches_make_one_step(tmp_path: Path) -> None:
     run_on_batch(tmp_path / "one", 1)
     run_on_batch(tmp_path / "three", 3)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "three"), rel=1e-5)
+
+
+def test_weights_with_a_clip_of_their_own_are_clipped_by_their_own_norm(tmp_path: Path) -> None:
+    small, large = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
+    groups: list[dict[str, Any]] = [
+        {"params": list(small.parameters())},
+        {"params": list(large.parameters()), "clip": 2.0},
+    ]
+    trainer = Trainer(nn.ModuleDict({"small": small, "large": large}), tmp_path, settings(1), groups)
+    trainer.fit(lambda _step: 0.1 * small(torch.ones(3)).sum() + 1000 * large(torch.ones(3)).sum())
+    assert small.weight.grad is not None
+    assert large.weight.grad is not None
+    assert torch.allclose(small.weight.grad, torch.full((1, 3), 0.1))
+    assert float(large.weight.grad.norm()) == pytest.approx(2.0, rel=1e-3)
 
 
 def test_averages_follow_slowly_and_change_places_with_the_weights(tmp_path: Path) -> None:
@@ -121,7 +125,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_there(tmp_path: Path) ->
         trainer.fit(interrupted_loss, on_save=lambda: saved.append(trainer.step))
     assert saved == [4]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert_equal(run(tmp_path / "broken", None), run(tmp_path / "unbroken", None))
+    assert_same_training(run(tmp_path / "broken", None), run(tmp_path / "unbroken", None))
 
 
 @pytest.mark.usefixtures("plain_ctrl_c")

@@ -16,10 +16,9 @@ from models.training.mini.latents import LatentCache
 from models.training.mini.teacher import CaptionedLatents
 from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Conditions
-from models.training.trainer import Compute, TrainSettings
-from tests.training_data import CPU, assert_lower, settings
+from models.training.trainer import TrainSettings
+from tests.training_data import EXACT, assert_lower, assert_same_tensors, settings
 
-EXACT = Compute(CPU, torch.float32)
 NOTHING = Conditions(torch.zeros(8, 1, 1))
 
 
@@ -59,9 +58,7 @@ def test_a_resumed_run_equals_an_unbroken_one(shapes: Vocabulary, cache: LatentC
     for until in (2, None):
         make_training(cache, shapes, tmp_path / "broken", settings(5)).train(until)
     one, other = (LatentClassifier.from_pretrained(tmp_path / name).state_dict() for name in ("unbroken", "broken"))
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name])
+    assert_same_tensors(one, other)
 
 
 def test_its_maps_are_features_that_let_gradients_through(

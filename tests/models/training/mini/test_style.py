@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from benchmarks.styles import restyled_judge
 from models.training.mini.autoencoder import build_kl
@@ -22,7 +21,7 @@ from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Layout, open_teacher
 from models.training.trainer import CPU
 from tests.models.training.test_stages import small_networks
-from tests.training_data import assert_lower, settings
+from tests.training_data import assert_lower, on_one_batch, settings
 
 BUNDLED = Path(__file__).parents[4] / "models" / "bundled"
 
@@ -82,13 +81,7 @@ def test_style_training_lowers_its_loss(data: CaptionedLatents, tmp_path: Path, 
     batches = PaintedBatches(data, teacher.load_encoders(CPU))
     unet, diffusion = teacher.load_unet(CPU, torch.float32), teacher.build_diffusion(CPU)
     training = StyleTraining(unet, diffusion, batches, tmp_path / "run", settings(40, rate=1e-2))
-
-    def loss_on_one_batch(step: int) -> Tensor:
-        torch.manual_seed(0)
-        training.trainer.rng.seed(0)
-        return training.loss(step)
-
-    training.trainer.fit(loss_on_one_batch, on_save=training.save)
+    training.trainer.fit(on_one_batch(training), on_save=training.save)
     assert_lower(tmp_path / "run", 0.9)
     saved = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     assert any(name.startswith("unet.conv_out.lora_B") and weight.any() for name, weight in saved.items())
