@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
@@ -21,6 +22,7 @@ from app.live.protocol import SUBPROTOCOL
 from app.main import GatewayServer, bind, make_server
 from app.settings import GatewaySettings
 from app.tasks import running
+from tests.app.keys import Keys
 from tests.app.peers import Painter
 
 
@@ -83,6 +85,11 @@ def start_api(redis_url: str) -> StartApi:
 async def api(start_api: StartApi) -> AsyncIterator[Api]:
     async with start_api() as api:
         yield api
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(tmp_path)
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from app.live.protocol import SUBPROTOCOL
 from app.live.session import LiveSession
 from broker.messages import ModelStatus
 from models.catalog import ModelSpec, StepRange, StyleLora, load_catalog
-from tests.app.access.test_auth import Keys
 from tests.app.conftest import Api, StartApi
+from tests.app.keys import Keys
 from tests.app.live.test_access import PAGE, is_refused, make_token, with_credential
 from tests.app.live.test_session import closed, go_live
+from tests.app.test_generations import until
 from tests.small_models import write_catalog
 
 SHIPPED = load_catalog()["mini-lcm"]
@@ -43,19 +44,8 @@ async def api(start_api: StartApi, extra: Path) -> AsyncIterator[Api]:
         yield api
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return Keys(tmp_path)
-
-
 def rewrite(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 async def draw(api: Api, **fields: Any) -> int:

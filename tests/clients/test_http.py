@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -27,8 +26,8 @@ from fewstep_client import (
 )
 from fewstep_client.errors import error_class
 from fewstep_client.http import choose_pause, read_error, read_retry_after_s
-from tests.app.access.test_auth import Keys
 from tests.app.conftest import Api, StartApi
+from tests.app.keys import Keys
 from tests.app.peers import color_of, open_image
 from tests.app.test_generations import until
 from tests.clients.cutting_proxy import CuttingProxy
@@ -124,8 +123,7 @@ async def test_a_failure_that_may_pass_is_tried_again(api: Api, client: AsyncCli
 # Who it is
 
 
-async def test_keys(start_api: StartApi, tmp_path: Path) -> None:
-    keys = Keys(tmp_path)
+async def test_keys(start_api: StartApi, keys: Keys) -> None:
     key = keys.make(models=["mini-lcm"])
     async with start_api(api_keys_file=keys.path) as api:
         async with AsyncClient(api.url, key=key) as client:
@@ -140,8 +138,7 @@ async def test_keys(start_api: StartApi, tmp_path: Path) -> None:
                 assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
 
 
-async def test_a_live_token(start_api: StartApi, tmp_path: Path) -> None:
-    keys = Keys(tmp_path)
+async def test_a_live_token(start_api: StartApi, keys: Keys) -> None:
     key, page = keys.make(), "https://shop.example"
     async with start_api(api_keys_file=keys.path, has_worker=False) as api, AsyncClient(api.url, key=key) as client:
         token = await client.live_token(page, ttl_s=60, user="customer-17")
@@ -263,8 +260,7 @@ async def test_without_retries_it_says_when_to_come_back(start_api: StartApi) ->
         assert caught.value.retry_after_s > 0
 
 
-async def test_a_rate_whose_time_is_long_is_told_at_once(start_api: StartApi, tmp_path: Path) -> None:
-    keys = Keys(tmp_path)
+async def test_a_rate_whose_time_is_long_is_told_at_once(start_api: StartApi, keys: Keys) -> None:
     key = keys.make(max_requests_per_minute=1)
     async with start_api(api_keys_file=keys.path) as api, AsyncClient(api.url, key=key, max_retries=0) as client:
         await client.generate(PROMPT)

@@ -40,8 +40,8 @@ from fewstep_client import (
     connection,
 )
 from fewstep_client.live import FINAL_CODES, backoff_s, live_url, wished_delay_s
-from tests.app.access.test_auth import Keys
 from tests.app.conftest import Api, StartApi
+from tests.app.keys import Keys
 from tests.app.peers import Painter, color_of, open_image
 from tests.app.test_generations import until
 from tests.service import free_port, spawn
@@ -49,11 +49,6 @@ from tests.service import free_port, spawn
 PAGE = "https://shop.example"
 PROMPT = "a red apple on a blue background"
 E = TypeVar("E")
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return Keys(tmp_path)
 
 
 async def first(live: AsyncLive, kind: type[E], is_it: Callable[[E], bool] = lambda _: True) -> E:
@@ -242,16 +237,21 @@ async def test_the_newest_prompt_is_sent_again_after_a_restart(start_api: StartA
             assert [delivery.job.params.prompt for delivery in api.painter.deliveries] == [PROMPT]
 
 
+async def assert_nothing_is_sent_again(start_api: StartApi, port: int, live: AsyncLive) -> None:
+    """To another server: only what is asked for from now on."""
+    async with start_api(port=port) as api:
+        await first(live, Ready)
+        await final_of(live, live.generate("another"))
+        assert [delivery.job.params.prompt for delivery in api.painter.deliveries] == ["another"]
+
+
 async def test_a_finished_prompt_is_not_sent_again(start_api: StartApi) -> None:
     port = free_port()
     async with AsyncLive(f"http://127.0.0.1:{port}") as live:
         async with start_api(port=port, live_reconnect_in_ms=1):
             await final_of(live, live.generate(PROMPT, num_images=2))
             await first(live, FinalFrame)
-        async with start_api(port=port) as api:
-            await first(live, Ready)
-            await final_of(live, live.generate("another"))
-            assert [delivery.job.params.prompt for delivery in api.painter.deliveries] == ["another"]
+        await assert_nothing_is_sent_again(start_api, port, live)
 
 
 async def test_a_better_picture_that_did_not_come_is_asked_for_again(start_api: StartApi) -> None:
@@ -262,10 +262,7 @@ async def test_a_better_picture_that_did_not_come_is_asked_for_again(start_api: 
             await final_of(live, seq)
         async with start_api(port=port):
             await final_of(live, seq, refined=True)
-        async with start_api(port=port) as api:
-            await first(live, Ready)
-            await final_of(live, live.generate("another"))
-            assert [delivery.job.params.prompt for delivery in api.painter.deliveries] == ["another"]
+        await assert_nothing_is_sent_again(start_api, port, live)
 
 
 async def test_it_waits_for_a_server_that_is_not_there_yet(start_api: StartApi) -> None:

@@ -42,13 +42,6 @@ def capture() -> CpuCapture:
     return CpuCapture()
 
 
-@pytest.fixture
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1))
-    return layers.eval().requires_grad_(False)
-
-
 def add(left: Tensor, right: Tensor) -> Tensor:
     return left + right
 

@@ -7,13 +7,6 @@ from torch import Tensor, nn
 from models.tracing import Traced
 
 
-@pytest.fixture
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1))
-    return layers.eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize("first_rows", [1, 5])
 def test_a_recording_computes_the_same_for_any_number_of_rows(network: nn.Sequential, first_rows: int) -> None:
     traced = Traced(network)

@@ -49,6 +49,14 @@ class Service:
     def add(self, name: str, **changes: Any) -> None:
         self.models["data"].append(self.models["data"][0] | {"id": name} | changes)
 
+    def add_loading(self, name: str) -> None:
+        self.add(name, ready=False, state="loading")
+
+    def finish_loading(self) -> None:
+        for card in self.models["data"]:
+            if card["state"] == "loading":
+                card |= {"ready": True, "state": "warm"}
+
     def restart(self, change: Callable[[], object]) -> None:
         """As soon as something is asked for: by then there is a `change`."""
 
@@ -174,12 +182,12 @@ def test_a_model_that_was_there_all_along_keeps_its_settings_after_a_reconnect(
 
 def test_a_model_that_becomes_ready_later_can_be_chosen_then(open_page: OpenPage, service_url: str) -> None:
     service = Service(service_url)
-    service.add("late", ready=False, state="loading")
+    service.add_loading("late")
     page = open_page(service.prepare, state="#prompt=tree")
     shows_final(page, "tree")
     options = page.locator("#model option")
     expect(options).to_have_text(["mini-lcm", "late (loading)"])
-    service.models["data"][1] |= {"ready": True, "state": "warm"}
+    service.finish_loading()
     expect(options).to_have_text(["mini-lcm", "late"])
     assert len(service.socket.requests) == 1, "what is drawn already is not asked for again"
     page.get_by_label("Model").select_option("late")
@@ -189,7 +197,7 @@ def test_a_model_that_becomes_ready_later_can_be_chosen_then(open_page: OpenPage
 
 def test_a_choice_made_while_the_list_is_on_its_way_stays(open_page: OpenPage, service_url: str) -> None:
     service = Service(service_url)
-    service.add("late", ready=False, state="loading")
+    service.add_loading("late")
     service.add("other")
     page = open_page(service.prepare, state="#prompt=tree")
     shows_final(page, "tree")
@@ -198,7 +206,7 @@ def test_a_choice_made_while_the_list_is_on_its_way_stays(open_page: OpenPage, s
     with page.expect_request(LIST):
         pass
     page.get_by_label("Model").select_option("other")
-    service.models["data"][1] |= {"ready": True, "state": "warm"}
+    service.finish_loading()
     service.answer(held[0])
     expect(page.locator("#model option")).to_have_text(["mini-lcm", "late", "other"])
     expect(page.get_by_label("Model")).to_have_value("other")
@@ -206,23 +214,23 @@ def test_a_choice_made_while_the_list_is_on_its_way_stays(open_page: OpenPage, s
 
 def test_a_list_that_did_not_come_is_asked_for_again(open_page: OpenPage, service_url: str) -> None:
     service = Service(service_url)
-    service.add("late", ready=False, state="loading")
+    service.add_loading("late")
     page = open_page(service.prepare, state="#prompt=tree")
     shows_final(page, "tree")
     broken = "broken off"
     page.route(LIST, lambda route: route.fulfill(body=broken), times=1)
     with page.expect_response(lambda response: bool(LIST.search(response.url)) and response.text() == broken):
         pass
-    service.models["data"][1] |= {"ready": True, "state": "warm"}
+    service.finish_loading()
     expect(page.locator("#model option")).to_have_text(["mini-lcm", "late"])
 
 
 def test_a_link_to_a_model_that_is_being_loaded_waits_for_it(open_page: OpenPage, service_url: str) -> None:
     service = Service(service_url)
-    service.add("late", ready=False, state="loading")
+    service.add_loading("late")
     page = open_page(service.prepare, state="#model=late&prompt=tree")
     expect(page.locator("#message")).to_have_text("late is being loaded. Drawing begins as soon as it is ready.")
-    service.models["data"][1] |= {"ready": True, "state": "warm"}
+    service.finish_loading()
     shows_final(page, "tree")
     assert service.newest["model"] == "late"
 

@@ -5,51 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import openai
 import pytest
 from openai import AsyncOpenAI
 
-from app.access.key_file import add_key, make_key, new_record, remove_key
 from app.access.keys import RELOAD_S
 from tests.app.conftest import Api, StartApi
+from tests.app.keys import Keys, bearer, id_of
 
 BODY = {"prompt": "a red apple"}
-
-
-class Keys:
-    """A file of keys for one gateway."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "keys.toml"
-
-    def make(self, **fields: object) -> str:
-        key_id, key = make_key()
-        add_key(self.path, new_record(key, **fields), key_id)
-        return key
-
-    def revoke(self, key: str) -> None:
-        remove_key(self.path, id_of(key))
-
-
-def id_of(key: str) -> str:
-    return key.split("_")[1]
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
 
 
 @asynccontextmanager
 async def openai_client(api: Api, key: str) -> AsyncIterator[AsyncOpenAI]:
     async with AsyncOpenAI(base_url=f"{api.url}/v1", api_key=key, max_retries=0) as client:
         yield client
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return Keys(tmp_path)
 
 
 async def test_openais_client_with_a_key(start_api: StartApi, keys: Keys) -> None:

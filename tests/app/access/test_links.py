@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,8 +9,9 @@ import pytest
 from openai import AsyncOpenAI
 
 from app.access.links import PURPOSE
-from tests.app.access.test_auth import Keys, bearer, openai_client
+from tests.app.access.test_auth import openai_client
 from tests.app.conftest import Api, StartApi
+from tests.app.keys import Keys, bearer
 from tests.app.peers import open_image
 
 URL: Any = {"prompt": "a red apple", "response_format": "url"}
@@ -25,11 +25,6 @@ async def make_links(client: AsyncOpenAI, n: int = 1) -> list[str]:
 async def open_link(url: str) -> httpx.Response:
     async with httpx.AsyncClient() as stranger:
         return await stranger.get(url)
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return Keys(tmp_path)
 
 
 async def test_a_link_needs_no_key(start_api: StartApi, keys: Keys) -> None:

@@ -18,8 +18,9 @@ from app.settings import GatewaySettings
 from broker.embedded import EmbeddedRedis
 from broker.errors import BrokerUnavailable
 from broker.messages import Job, Lane
-from tests.app.access.test_auth import BODY, Keys, bearer, openai_client
+from tests.app.access.test_auth import BODY, openai_client
 from tests.app.conftest import StartApi
+from tests.app.keys import Keys, bearer
 from tests.jobs import make_job
 
 START = 1_800_000_000.0
@@ -53,11 +54,6 @@ async def open_rates(redis_url: str, prefix: str) -> AsyncIterator[Rates]:
 async def rates(redis_url: str, prefix: str) -> AsyncIterator[Rates]:
     async with open_rates(redis_url, prefix) as rates:
         yield rates
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return Keys(tmp_path)
 
 
 def caller(requests: int | None = None, images: int | None = None, **fields: Any) -> Caller:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,16 +16,12 @@ from app.access.keys import RELOAD_S
 from app.access.signing import Signer
 from app.live.access import PURPOSE, normal_origin
 from app.live.protocol import AUTH_PREFIX, SUBPROTOCOL
-from tests.app.access.test_auth import BODY, Keys, bearer, id_of, openai_client
+from tests.app.access.test_auth import BODY, openai_client
 from tests.app.conftest import Api, StartApi
+from tests.app.keys import Keys, bearer, id_of
 from tests.app.live.test_session import Live, closed, go_live
 
 PAGE = "https://shop.example"
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Keys:
-    return Keys(tmp_path)
 
 
 def with_credential(credential: str) -> list[str]:

@@ -27,8 +27,8 @@ from app.openapi.words import BODIES
 from app.settings import GatewaySettings
 from broker.messages import MAX_SEED, JobError
 from models.catalog import CATALOG_PATH, load_catalog
-from tests.app.access.test_auth import Keys
 from tests.app.conftest import Api, StartApi
+from tests.app.keys import Keys, bearer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 MODULE_LOOP = pytest.mark.asyncio(loop_scope="module")
@@ -236,13 +236,12 @@ async def test_the_gateway_keeps_to_its_document(api: Api) -> None:
     assert all(num_requests[phase] for phase in ("EXAMPLES", "FUZZING", "STATEFUL_TESTING"))
 
 
-async def test_so_does_one_that_asks_for_keys(start_api: StartApi, catalog: Path, tmp_path: Path) -> None:
+async def test_so_does_one_that_asks_for_keys(start_api: StartApi, catalog: Path, keys: Keys) -> None:
     """With a key that has rates; among the checks is that nobody gets in without it."""
-    keys = Keys(tmp_path)
     key = keys.make(max_requests_per_minute=100_000, max_images_per_minute=100_000)
     async with start_api(catalog=catalog, api_keys_file=keys.path) as api:
         api.painter.step_s = 0
-        changes = {"headers": {"Authorization": f"Bearer {key}"}, "phases": {"stateful": {"enabled": False}}}
+        changes = {"headers": bearer(key), "phases": {"stateful": {"enabled": False}}}
         found, num_requests = await asyncio.to_thread(find_contradictions, api.url, **changes)
     assert not found, "\n\n".join(f"{what}\n{request}" for what, request in found.items())
     assert num_requests["COVERAGE"] > 300
