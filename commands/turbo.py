@@ -51,11 +51,12 @@ def distill_turbo(options: Options, own: TurboOptions, settings: AddSettings) ->
         session = Session(options)
         teacher, compute = session.teacher, session.compute
         scheduler = build_scheduler(teacher)
+        given = None if own.features == TEACHER else load_classifier(Path(own.features), compute)
         batches, sheet = session.encode(scheduler, 0.0)
         student = session.make_student(rank, WholeStudent)
         distiller = AddDistiller(
             student,
-            _make_features(session, student, own.features),
+            given or _teacher_features(session, student),
             teacher.build_diffusion(compute.device),
             student_timesteps(scheduler, settings.student_timesteps),
             batches,
@@ -73,12 +74,9 @@ def distill_turbo(options: Options, own: TurboOptions, settings: AddSettings) ->
         session.announce(make_entry(teacher, session.size, options.out, settings.student_timesteps))
 
 
-def _make_features(session: Session, student: Student, chosen: str) -> Features:
-    compute = session.compute
-    if chosen == TEACHER:
-        with student.teacher() as frozen:
-            return TeacherFeatures(frozen, session.teacher.build_diffusion(compute.device), compute)
-    return load_classifier(Path(chosen), compute)
+def _teacher_features(session: Session, student: Student) -> Features:
+    with student.teacher() as frozen:
+        return TeacherFeatures(frozen, session.teacher.build_diffusion(session.compute.device), session.compute)
 
 
 def _extract_student(session: Session, student: Student, scheduler: Any, own: TurboOptions, num_steps: int) -> None:

@@ -293,7 +293,8 @@ def test_a_wrong_option_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with one_line(capsys, *words):
-        distil(program, root, tmp_path, **changes)
+        distil(program, root, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()  # before anything was encoded
 
 
 def test_a_teacher_that_predicts_pictures_is_refused_before_anything_is_encoded(
