@@ -38,7 +38,7 @@ from models.training.mini.recognizer import sharpness
 from models.training.mini.reference import load_reference
 from models.training.mini.vocabulary import load_vocabulary
 
-TEACHER_SCHEDULER, TEACHER_GUIDANCE, TEACHER_STEPS = "ddim", 2.0, 25
+TEACHER_SCHEDULER, TEACHER_GUIDANCE, TEACHER_STEPS = "ddim", 3.0, 25
 SEEDS_PER_PROMPT, DIVERSE_PROMPTS, TIMED_PICTURES = 8, 12, 12
 SHOWN = 2  # pictures of each kind in a line of the gallery
 MARKS = ("<!-- figures: start -->", "<!-- figures: end -->")

@@ -80,7 +80,7 @@ def test_two_things_come_to_their_places(
         for picture, (one, other, _) in zip(pictures, PAIRS, strict=True)
         for thing, name in zip(recognizer.pair(picture, vertical=is_column), (one, other), strict=True)
     ]
-    assert np.mean(right) >= 0.75
+    assert np.mean(right) >= 0.6
 
 
 def test_capitals_change_nothing(pipeline: StableDiffusionPipeline) -> None:

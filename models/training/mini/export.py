@@ -30,11 +30,10 @@ def export_pipeline(model: Path, folder: Path) -> None:
 def export_tiny(taesd: Path, folder: Path) -> None:
     """Write the tiny autoencoder in fp16."""
     AutoencoderTiny.from_pretrained(taesd, dtype=torch.float16).save_pretrained(folder, variant="fp16")
-    _drop_key(folder / "config.json", "block_out_channels")
+    _drop_key(folder / "config.json", "block_out_channels")  # which diffusers writes, and warns of when it reads it
 
 
 def _drop_key(config: Path, key: str) -> None:
-    """diffusers writes this key, and warns of it when it reads it back."""
     table = json.loads(config.read_text())
     table.pop(key, None)
     config.write_text(json.dumps(table, indent=2) + "\n")
@@ -57,6 +56,8 @@ def shipment(out: Path) -> Iterator[Path]:
         made = Path(name)
         yield made
         add_cards(made)
+        for config in (*made.rglob("config.json"), *made.rglob("model_index.json")):
+            _drop_key(config, "_name_or_path")  # of the machine that it was made on
         _make_readable(made)
         if folder_bytes(made) > MAX_BYTES:
             raise SystemExit(f"{folder_bytes(made):,} bytes are more than the {MAX_BYTES:,} that may ship")

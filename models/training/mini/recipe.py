@@ -42,6 +42,7 @@ BATCH = 48
 LORA_RANK = 12
 TURBO_RANK = 8
 SOLVER_TIMESTEPS = 20
+GUIDANCE = 3.0  # of the teachers, where they draw best
 TEACHERS: dict[Layout, str] = {"sd": "teacher", "sdxl": "teacher-xl"}
 PIPELINES = {"teacher": "mini-sd", "teacher-xl": "mini-sdxl", "lcm-full": "mini-lcm-full"}  # by stage, as they ship
 LORAS = {"lcm": "mini-lcm-lora", "turbo": "mini-turbo-lora", **{style: f"mini-{style}" for style in STYLES}}
@@ -110,16 +111,16 @@ class Recipe:
         else:
             warm_up(networks, data, folder, self._settings(4000, 1e-3, save_every=1000))
         pipeline = networks.pipeline(self._vae, tokenizer)
-        steps, rate = (12_000, 6e-4) if start else (24_000, 1e-3)
+        steps, rate = (9_000, 6e-4) if start else (24_000, 1e-3)
         settings = self._settings(steps, rate, warmup=200, seed=1)
         train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
 
     def lcm(self) -> None:
-        """The LCM-LoRA of the teacher in SD's layout, guidance 2."""
+        """The LCM-LoRA of the teacher in SD's layout, with its guidance."""
         teacher, folder = self._open("sd"), self.out / "lcm"
         torch.manual_seed(2)
         student = LoraStudent(teacher.load_unet(CPU, torch.float32), LORA_RANK)
-        self._distill(teacher, student, folder, (2.0, 2.0), self._settings(1200, 4e-4, ema_decay=0.95, seed=2))
+        self._distill(teacher, student, folder, (GUIDANCE, GUIDANCE), self._settings(800, 4e-4, ema_decay=0.95, seed=2))
         save_lora(student.unet, folder)
         _lcm_scheduler(teacher).save_pretrained(folder)
 
@@ -143,7 +144,7 @@ class Recipe:
     def turbo(self) -> None:
         """Turbo as a LoRA of the teacher in SDXL's layout: a further whole network would be too large to ship."""
         teacher, folder = self._open("sdxl"), self.out / "turbo"
-        scheduler, settings = add.build_scheduler(teacher), add.AddSettings(guidance=2.0)
+        scheduler, settings = add.build_scheduler(teacher), add.AddSettings(guidance=GUIDANCE)
         encoders = teacher.load_encoders(CPU)
         torch.manual_seed(4)
         student = LoraStudent(teacher.load_unet(CPU, torch.float32), TURBO_RANK)
