@@ -226,7 +226,7 @@ async def test_bad_keys(api: Api, key: str) -> None:
 def test_a_picture_is_another_one_as_soon_as_its_entry_is() -> None:
     spec = load_catalog()["mini-lcm"]
     job = make_job(seed=3)
-    names = {name_picture(job, changed) for changed in (spec, spec.model_copy(update={"revision": "3"}))}
+    names = {name_picture(job, changed) for changed in (spec, spec.model_copy(update={"revision": "another"}))}
     lora = StyleLora(name="ink", description="d", source="here", models=["mini-lcm"], license="MIT")
     for source in ("here", "there"):
         own = {"ink": lora.model_copy(update={"source": source})}
