@@ -110,7 +110,8 @@ class Recipe:
             start_from(networks, start)
         else:
             warm_up(networks, data, folder, self._settings(4000, 1e-3, save_every=1000))
-        pipeline = networks.pipeline(self._vae, tokenizer)
+        # A tokenizer of its own: one that was called saves the padding of that call.
+        pipeline = networks.pipeline(self._vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
         steps, rate = (9_000, 6e-4) if start else (24_000, 1e-3)
         settings = self._settings(steps, rate, warmup=200, seed=1)
         train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
