@@ -125,12 +125,14 @@ def drawing(engine: Engine, spec: ModelSpec, rows: int) -> Callable[[], object]:
 
 
 def training(spec: ModelSpec) -> Callable[[], object]:
-    unet: UNet2DConditionModel = load_diffusers(spec, torch.device("cpu"), torch.float32).unet.train()
+    unet: UNet2DConditionModel = load_diffusers(spec, torch.device("cpu"), torch.float32).unet
+    unet.train().requires_grad_(True)
     config = unet.config
     latents = torch.randn(TRAINED_ROWS, config.in_channels, config.sample_size, config.sample_size)
     states = torch.randn(TRAINED_ROWS, 16, config.cross_attention_dim)
     timesteps = torch.full((TRAINED_ROWS,), 500)
 
+    @torch.enable_grad()
     def train() -> None:
         unet.zero_grad()
         unet(latents, timesteps, states).sample.square().mean().backward()
