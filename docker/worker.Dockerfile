@@ -11,18 +11,16 @@ ENV PYTHONUNBUFFERED=1 \
 # Weights from the Hugging Face Hub land in a volume and survive the container, and so does what was pulled when.
 ENV HF_HOME=/var/cache/huggingface \
     FEWSTEP_LOCK_FILE=/var/cache/huggingface/fewstep.lock
-# tcmalloc: a worker takes it where it is installed, and computes faster on CPUs.
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends libtcmalloc-minimal4 \
-    && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --create-home fewstep \
+RUN useradd --uid 10001 --create-home fewstep \
     && install -d -o fewstep -g fewstep "$HF_HOME"
 VOLUME /var/cache/huggingface
 WORKDIR /srv/fewstep
 
 COPY constraints.txt ./
 ARG DEVICE=cuda
+# On CPUs a worker computes faster with tcmalloc, which it takes where it is installed.
 RUN if [ "$DEVICE" = cpu ]; then \
+        apt-get update && apt-get install -y --no-install-recommends libtcmalloc-minimal4 && rm -rf /var/lib/apt/lists/* && \
         pip install --no-deps -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch; \
     fi
 

@@ -72,15 +72,16 @@ PAIRS = [
 def test_two_things_come_to_their_places(
     pipeline: StableDiffusionPipeline, reference: Reference, is_column: bool
 ) -> None:
+    asked = PAIRS * 3  # each with three seeds
     where = "above" if is_column else "next to"
-    pictures = generate(pipeline, [f"a {one} {where} a {other} on a {color} background" for one, other, color in PAIRS])
+    pictures = generate(pipeline, [f"a {one} {where} a {other} on a {color} background" for one, other, color in asked])
     recognizer = Recognizer(reference.drawings)
     right = [
         thing is not None and name in reference.names[thing]
-        for picture, (one, other, _) in zip(pictures, PAIRS, strict=True)
+        for picture, (one, other, _) in zip(pictures, asked, strict=True)
         for thing, name in zip(recognizer.pair(picture, vertical=is_column), (one, other), strict=True)
     ]
-    assert np.mean(right) >= 0.6
+    assert np.mean(right) >= 0.75
 
 
 def test_capitals_change_nothing(pipeline: StableDiffusionPipeline) -> None:
@@ -153,3 +154,10 @@ def test_all_files_together_stay_under_forty_megabytes() -> None:
     assert sum(sizes) < 40_000_000
     names = ("mini-sd", "mini-taesd", "mini-lcm-lora", *(f"mini-{style}" for style in STYLES))
     assert all((BUNDLED / name / "README.md").exists() for name in names)
+
+
+def test_no_config_keeps_what_the_machine_or_the_last_call_left() -> None:
+    tables = {path: json.loads(path.read_text(encoding="utf-8")) for path in BUNDLED.rglob("*.json")}
+    assert not [path for path, table in tables.items() if isinstance(table, dict) and "_name_or_path" in table]
+    tokenizer = tables[BUNDLED / "mini-sd" / "tokenizer" / "tokenizer.json"]
+    assert (tokenizer["truncation"], tokenizer["padding"]) == (None, None)
