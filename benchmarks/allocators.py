@@ -13,11 +13,9 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,10 +23,12 @@ import psutil
 import torch
 from diffusers import UNet2DConditionModel
 
+from benchmarks.shared.device import median_ms
 from benchmarks.shared.diffusers_loop import hush_libraries
 from benchmarks.shared.machine import REPOSITORY
 from benchmarks.shared.prompts import endless_prompts
 from benchmarks.shared.report import print_table, write_report
+from benchmarks.shared.rounds import take_medians
 from broker.messages import Delivery
 from models.catalog import ModelSpec, get_spec, load_catalog
 from models.loading import load_diffusers
@@ -41,7 +41,8 @@ from workers.settings import WorkerSettings
 from workers.standalone import load_engine
 
 ALLOCATORS = {"glibc": "", "tcmalloc": TCMALLOC, "jemalloc": "libjemalloc.so.2", "mimalloc": "libmimalloc.so.2"}
-TRAINED_ROWS = 32
+TRAINED_ROWS, TRIES = 32, 24
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def main() -> None:
         return
     found = [name for name in ALLOCATORS if is_installed(name)]
     print(f"not installed: {', '.join(set(ALLOCATORS) - set(found)) or 'none'}")
-    rounds = [[measure_apart(name, options.model) for name in found] for _ in range(options.rounds)]
-    rows = [median(rows) for rows in zip(*rounds, strict=True)]
+    rounds = [measure_apart(name, options.model) for _ in range(options.rounds) for name in found]
+    rows = take_medians(rounds, "allocator")
     print_table(rows)
     write_report(options.json, vars(options), {"rows": rows})
 
@@ -96,20 +97,9 @@ def measure(name: str, spec: ModelSpec) -> Row:
     hush_libraries()
     engine = load_engine(spec, WorkerSettings.load())
     warm_up(engine, spec.name)
-    one, eight, thirty_two = (fastest_half_ms(drawing(engine, spec, rows)) for rows in (1, 8, 32))
+    one, eight, thirty_two = (median_ms(drawing(engine, spec, rows), CPU, TRIES) for rows in (1, 8, 32))
     resident_mib = psutil.Process().memory_info().rss / 2**20
-    return Row(name, one, eight, thirty_two, fastest_half_ms(training(spec), tries=12), resident_mib)
-
-
-def fastest_half_ms(program: Callable[[], object], tries: int = 24) -> float:
-    """The mean of the faster half, after one that doesn't count."""
-    program()
-    times = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        program()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.fmean(sorted(times)[: tries // 2])
+    return Row(name, one, eight, thirty_two, median_ms(training(spec), CPU, TRIES), resident_mib)
 
 
 def drawing(engine: Engine, spec: ModelSpec, rows: int) -> Callable[[], object]:
@@ -125,7 +115,7 @@ def drawing(engine: Engine, spec: ModelSpec, rows: int) -> Callable[[], object]:
 
 
 def training(spec: ModelSpec) -> Callable[[], object]:
-    unet: UNet2DConditionModel = load_diffusers(spec, torch.device("cpu"), torch.float32).unet
+    unet: UNet2DConditionModel = load_diffusers(spec, CPU, torch.float32).unet
     unet.train().requires_grad_(True)
     config = unet.config
     latents = torch.randn(TRAINED_ROWS, config.in_channels, config.sample_size, config.sample_size)
@@ -138,12 +128,6 @@ def training(spec: ModelSpec) -> Callable[[], object]:
         unet(latents, timesteps, states).sample.square().mean().backward()
 
     return train
-
-
-def median(rows: Sequence[Row]) -> Row:
-    """Of each column."""
-    columns = [name for name in asdict(rows[0]) if name != "allocator"]
-    return Row(rows[0].allocator, *(statistics.median(getattr(row, name) for row in rows) for name in columns))
 
 
 if __name__ == "__main__":
