@@ -253,7 +253,10 @@ def run(settings: GatewaySettings, has_hung_up: Callable[[], bool]) -> None:
     configure_logging(settings)
     server = make_server(settings)
     server.has_hung_up = has_hung_up
-    signal.signal(signal.SIGHUP, lambda *_: _heed_hangup(server))  # it may wait for Redis for long
+    # It may wait for Redis for long. A shell gives jobs in its background an ignored SIGINT, which uvicorn heeds all the
+    # same.
+    signal.signal(signal.SIGHUP, lambda *_: _heed_hangup(server))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     listener = bind(settings)
     asyncio.run(check_redis(settings))
     prepare_process(settings.max_connections)

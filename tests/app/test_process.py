@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+import pytest
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
@@ -22,11 +23,14 @@ from tests.service import free_port
 START_S = 90.0
 
 
+IN_BACKGROUND = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")  # as a shell without job control starts what ends in &
+
+
 @contextmanager
-def gateway(**variables: str) -> Iterator[subprocess.Popen[str]]:
+def gateway(*before: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FEWSTEP_")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli", "gateway"],
+        [*before, sys.executable, "-m", "cli", "gateway"],
         env=environment | {"FEWSTEP_ALLOW_ANONYMOUS": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -78,8 +82,9 @@ def test_nobody_has_said_who_may_come_in() -> None:
         assert output.count("\n") == 1
 
 
-def test_it_waits_for_redis_and_says_so() -> None:
-    with gateway(FEWSTEP_REDIS_URL=f"redis://127.0.0.1:{free_port()}", FEWSTEP_PORT="0") as process:
+@pytest.mark.parametrize("before", [(), IN_BACKGROUND], ids=["at a terminal", "in the background"])
+def test_it_waits_for_redis_and_says_so(before: tuple[str, ...]) -> None:
+    with gateway(*before, FEWSTEP_REDIS_URL=f"redis://127.0.0.1:{free_port()}", FEWSTEP_PORT="0") as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert "waiting for Redis (FEWSTEP_REDIS_URL)" in line
