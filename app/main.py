@@ -253,8 +253,7 @@ def run(settings: GatewaySettings, has_hung_up: Callable[[], bool]) -> None:
     configure_logging(settings)
     server = make_server(settings)
     server.has_hung_up = has_hung_up
-    # It may wait for Redis for long. A shell gives jobs in its background an ignored SIGINT, which uvicorn heeds all the
-    # same.
+    # It may wait for Redis for long. A shell's background job has SIGINT ignored, which uvicorn doesn't mind either.
     signal.signal(signal.SIGHUP, lambda *_: _heed_hangup(server))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     listener = bind(settings)

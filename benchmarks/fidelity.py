@@ -1,6 +1,6 @@
 """How well the bundled models draw what they are asked for: by steps, scheduler and guidance, with intervals.
 
-    python -m benchmarks.fidelity                              # every question, about half an hour of two cores
+    python -m benchmarks.fidelity                              # every question, about an hour of two cores
     python -m benchmarks.fidelity --questions steps control    # some of them
 
 All pictures come out of the service's own engine. No prompt's combination (a thing on a background, a thing in a
@@ -29,7 +29,16 @@ import numpy as np
 
 from benchmarks.shared.diffusers_loop import hush_libraries
 from benchmarks.shared.machine import REPOSITORY
-from benchmarks.shared.painting import SCHEDULERS, TEACHER, Painter, Setting, rebuild, save_gallery, save_sheet
+from benchmarks.shared.painting import (
+    SCHEDULERS,
+    TEACHER,
+    TEACHER_XL,
+    Painter,
+    Setting,
+    rebuild,
+    save_gallery,
+    save_sheet,
+)
 from benchmarks.shared.report import print_table, write_between, write_report
 from models.catalog import BUNDLED_PATH
 from models.training.mini.dataset import Composer, Pixels
@@ -56,10 +65,10 @@ def steps_question() -> list[Setting]:
     return [Setting("mini-lcm", "lcm", steps, 0) for steps in (1, 2, 4, 8, 20)]
 
 
-def control_question() -> list[Setting]:
+def control_question(teacher: str = TEACHER) -> list[Setting]:
     """The teacher at its best, and at few steps without any distillation, by its own solver and by LCM's."""
-    own = [Setting(TEACHER, TEACHER_SCHEDULER, steps, TEACHER_GUIDANCE) for steps in (1, 2, 4, 8, TEACHER_STEPS)]
-    return [*own, *(Setting(TEACHER, "lcm", steps, 0) for steps in (1, 2, 4, 8))]
+    own = [Setting(teacher, TEACHER_SCHEDULER, steps, TEACHER_GUIDANCE) for steps in (1, 2, 4, 8, TEACHER_STEPS)]
+    return [*own, *(Setting(teacher, "lcm", steps, 0) for steps in (1, 2, 4, 8))]
 
 
 def scheduler_question() -> list[Setting]:
@@ -74,6 +83,17 @@ def decoder_question() -> list[Setting]:
     return [Setting("mini-lcm", "lcm", 4, 0, "tiny")]
 
 
+def full_question() -> list[Setting]:
+    """The full LCM by steps and by guidance scale, which its network reads."""
+    by_steps = [Setting("mini-lcm-full", "lcm", steps, 3) for steps in (1, 2, 4, 8)]
+    return [*by_steps, *(Setting("mini-lcm-full", "lcm", 4, guidance) for guidance in (1, 2, 4))]
+
+
+def turbo_question() -> list[Setting]:
+    """Turbo by steps, and its teacher by the same solver without the LoRA."""
+    return [Setting(model, "euler-ancestral", steps, 0) for model in ("mini-turbo", TEACHER_XL) for steps in (1, 2, 4)]
+
+
 QUESTIONS: dict[str, Callable[[], list[Setting]]] = {
     "teacher": teacher_question,
     "steps": steps_question,
@@ -81,6 +101,9 @@ QUESTIONS: dict[str, Callable[[], list[Setting]]] = {
     "schedulers": scheduler_question,
     "guidance": guidance_question,
     "decoder": decoder_question,
+    "control-xl": lambda: control_question(TEACHER_XL),
+    "full": full_question,
+    "turbo": turbo_question,
 }
 
 

@@ -22,7 +22,7 @@ from workers.engine.jobs import make_job
 from workers.engine.runner import ModelRunner
 
 BASE = get_spec(load_catalog(), "mini-lcm")
-TEACHER = "mini-sd"
+TEACHER, TEACHER_XL = "mini-sd", "mini-sdxl"
 FURTHER_SCHEDULERS = {
     "tcd, eta 0": SchedulerSpec(class_name="TCDScheduler", config={"original_inference_steps": 20}),
     "unipc": SchedulerSpec(class_name="UniPCMultistepScheduler", config={"timestep_spacing": "trailing"}),
@@ -91,11 +91,14 @@ class Painter:
 
 
 def spec_of(model: str) -> ModelSpec:
-    """An entry, or for a teacher the entry that draws with it, without its LoRA; with every scheduler that is compared.
-    Raises CatalogError."""
+    """An entry, or for a teacher the entry that draws with it, without its LoRA and with guidance; with every scheduler
+    that is compared. Raises CatalogError."""
     entries = load_catalog()
     students = [entry for entry in entries.values() if entry.lora and entry.source == f"bundled:{model}"]
-    spec = students[0].model_copy(update={"lora": None}) if students else get_spec(entries, model)
+    if students:
+        plain = {"lora": None, "guidance": BASE.guidance, "guidance_scale": BASE.guidance_scale}
+        return students[0].model_copy(update=plain | {"schedulers": BASE.schedulers | FURTHER_SCHEDULERS})
+    spec = get_spec(entries, model)
     return spec.model_copy(update={"schedulers": spec.schedulers | FURTHER_SCHEDULERS})
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,12 @@ MAX_BYTES = 40_000_000
 def export_pipeline(model: Path, folder: Path) -> None:
     """Write a diffusers folder in fp16."""
     save_pipeline(DiffusionPipeline.from_pretrained(model).to(dtype=torch.float16), folder, variant="fp16")
+
+
+def export_unet(unet: Path, folder: Path) -> None:
+    """Write a UNet alone in fp16, and the config of its scheduler."""
+    UNet2DConditionModel.from_pretrained(unet, dtype=torch.float16).save_pretrained(folder, variant="fp16")
+    shutil.copyfile(unet / SCHEDULER_CONFIG_NAME, folder / SCHEDULER_CONFIG_NAME)
 
 
 def export_tiny(taesd: Path, folder: Path) -> None:

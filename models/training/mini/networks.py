@@ -22,8 +22,8 @@ from models.training.mini.dataset import IMAGE_SIZE
 from models.training.mini.tokenizer import MAX_TOKENS
 from models.training.teachers import Conditions, Layout
 
-HIDDEN = 192  # of all text encoders together: the width of cross-attention
-HIDDEN_SECOND = 64  # of SDXL's second text encoder
+HIDDEN = 192  # of the text encoder that both layouts have
+HIDDEN_SECOND = 64  # of SDXL's second one; its cross-attention sees both, side by side
 LATENT_SIZE = 16
 TIME_ID_WIDTH = 32  # of each of SDXL's six numbers
 
@@ -51,10 +51,6 @@ class Networks:
         time_ids = torch.tensor([[IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE]])
         return Conditions(states, pooled, time_ids.expand(len(tokens), -1))
 
-    def end_states(self, tokens: Tensor) -> Tensor:
-        """What every text encoder makes of the end of text, side by side: `"b hidden"`."""
-        return torch.cat([_end_state(encoder(tokens)) for encoder in self.text_encoders.values()], dim=-1)
-
     def pipeline(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Any:
         """diffusers' pipeline of these networks. No caption means the empty one, as in training."""
         parts = {
@@ -74,24 +70,20 @@ class Networks:
         return StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, force_zeros_for_empty_prompt=False)
 
 
-def _end_state(output: Any) -> Tensor:
-    state: Tensor = output.text_embeds if "text_embeds" in output else output.pooler_output
-    return state
-
-
 def build_networks(layout: Layout, tokenizer: CLIPTokenizer, hidden: int = HIDDEN) -> Networks:
-    """New ones. The SD layout predicts v from pure noise on; SDXL's predicts epsilon, as the published one does, on a
-    schedule whose end is nearly pure noise: flat backgrounds would show through SDXL's own.
+    """New ones, which predict v from pure noise on: flat backgrounds would show through SDXL's own schedule. The first
+    text encoder has one shape in both layouts, as SDXL's first is Stable Diffusion's.
     """
     if layout == "sd":
         encoders = {"text_encoder": build_text_encoder(tokenizer, hidden)}
         return Networks(layout, build_unet(hidden=hidden), encoders, build_scheduler())
     second = hidden * HIDDEN_SECOND // HIDDEN
     encoders = {
-        "text_encoder": build_text_encoder(tokenizer, hidden - second, layers=3),
+        "text_encoder": build_text_encoder(tokenizer, hidden),
         "text_encoder_2": build_text_encoder(tokenizer, second, layers=3, kind=CLIPTextModelWithProjection),
     }
-    return Networks(layout, build_unet_xl(hidden=hidden, pooled=second), encoders, build_epsilon_scheduler())
+    unet = build_unet_xl(hidden=hidden + second, pooled=second)
+    return Networks(layout, unet, encoders, build_scheduler())
 
 
 def build_text_encoder(
@@ -148,16 +140,3 @@ def _plain(channels: tuple[int, int, int], hidden: int) -> dict[str, Any]:
         "attention_head_dim": 4,
         "norm_num_groups": 16,
     }
-
-
-def build_epsilon_scheduler() -> DDIMScheduler:
-    """Epsilon on SDXL's kind of schedule, run further: the signal's share ends at 0.016 instead of 0.068."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.02,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        prediction_type="epsilon",
-        timestep_spacing="trailing",
-    )

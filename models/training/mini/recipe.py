@@ -22,11 +22,11 @@ from models.training.exporting import copy_unet
 from models.training.features import load_classifier
 from models.training.lcm import Distiller, FullStudent, LcmSettings, LoraStudent, save_lora
 from models.training.mini import autoencoder
-from models.training.mini.export import BUNDLED, export_lora, export_pipeline, export_tiny, shipment
+from models.training.mini.export import BUNDLED, export_lora, export_pipeline, export_tiny, export_unet, shipment
 from models.training.mini.features import train_classifier
 from models.training.mini.latents import LatentCache, encode_scenes
 from models.training.mini.linear_code import LinearCode
-from models.training.mini.networks import build_networks
+from models.training.mini.networks import Networks, build_networks
 from models.training.mini.reference import save_reference
 from models.training.mini.restyling import STYLES
 from models.training.mini.sprites import draw_sprites
@@ -44,7 +44,7 @@ TURBO_RANK = 8
 SOLVER_TIMESTEPS = 20
 GUIDANCE = 3.0  # of the teachers, where they draw best
 TEACHERS: dict[Layout, str] = {"sd": "teacher", "sdxl": "teacher-xl"}
-PIPELINES = {"teacher": "mini-sd", "teacher-xl": "mini-sdxl", "lcm-full": "mini-lcm-full"}  # by stage, as they ship
+PIPELINES = {"teacher": "mini-sd", "teacher-xl": "mini-sdxl"}  # by stage, as they ship
 LORAS = {"lcm": "mini-lcm-lora", "turbo": "mini-turbo-lora", **{style: f"mini-{style}" for style in STYLES}}
 
 
@@ -65,9 +65,9 @@ class Recipe:
         return {
             "autoencoder": self.autoencoder,
             "latents": self.latents,
-            "teacher": lambda: self.teacher("sd"),
+            "teacher": self.teacher,
             "lcm": self.lcm,
-            "teacher-xl": lambda: self.teacher("sdxl"),
+            "teacher-xl": self.teacher_xl,
             "lcm-full": self.lcm_full,
             "features": self.features,
             "turbo": self.turbo,
@@ -97,24 +97,30 @@ class Recipe:
             encode = autoencoder.vae_encoder(self._vae)
             encode_scenes(self.vocabulary, encode, self._scaled(NUM_PICTURES)).save(folder)
 
-    def teacher(self, layout: Layout) -> None:
-        """Text encoders and UNet, a diffusers folder in `model`."""
-        folder, start = self.out / TEACHERS[layout], self.start / "mini-sd" if self.start and layout == "sd" else None
+    def teacher(self) -> None:
+        """Text encoders and UNet in SD's layout, a diffusers folder in `model`."""
+        folder, start = self.out / TEACHERS["sd"], self.start / "mini-sd" if self.start else None
         if not (folder / "tokenizer").exists():
             new = CLIPTokenizer.from_pretrained(start / "tokenizer") if start else build_tokenizer(self.vocabulary)
             save_tokenizer(new, folder / "tokenizer")
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         torch.manual_seed(0)
-        networks, data = build_networks(layout, tokenizer), self._data(tokenizer)
+        networks = build_networks("sd", tokenizer)
         if start:
-            start_from(networks, start)
+            start_from(networks, start, variant="fp16")
         else:
-            warm_up(networks, data, folder, self._settings(4000, 1e-3, save_every=1000))
-        # A tokenizer of its own: one that was called saves the padding of that call.
-        pipeline = networks.pipeline(self._vae, CLIPTokenizer.from_pretrained(folder / "tokenizer"))
+            warm_up(networks, self._data(tokenizer), folder, self._settings(4000, 1e-3, save_every=1000))
         steps, rate = (9_000, 6e-4) if start else (24_000, 1e-3)
-        settings = self._settings(steps, rate, warmup=200, seed=1)
-        train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
+        self._train_teacher(networks, folder, folder / "tokenizer", steps, rate)
+
+    def teacher_xl(self) -> None:
+        """The same in SDXL's layout. Its first text encoder starts as the other teacher's, as SDXL's is that of Stable
+        Diffusion, so it needs no warm-up."""
+        model = self.out / TEACHERS["sd"] / "model"
+        torch.manual_seed(0)
+        networks = build_networks("sdxl", CLIPTokenizer.from_pretrained(model / "tokenizer"))
+        start_from(networks, model, ["text_encoder"])
+        self._train_teacher(networks, self.out / TEACHERS["sdxl"], model / "tokenizer", 13_000, 1e-3)
 
     def lcm(self) -> None:
         """The LCM-LoRA of the teacher in SD's layout, with its guidance."""
@@ -126,13 +132,14 @@ class Recipe:
         _lcm_scheduler(teacher).save_pretrained(folder)
 
     def lcm_full(self) -> None:
-        """A full LCM of the teacher in SDXL's layout, which reads the guidance scale, 1 to 4."""
+        """A full LCM of the teacher in SDXL's layout, which reads the guidance scale, 1 to 4. It ships as a UNet alone,
+        as SDXL's full LCM does: the rest is the teacher's."""
         teacher, folder = self._open("sdxl"), self.out / "lcm-full"
         torch.manual_seed(3)
         student = FullStudent(teacher.load_unet(CPU, torch.float32), torch.float32)
         self._distill(teacher, student, folder, (1.0, 4.0), self._settings(2000, 2e-4, ema_decay=0.95, seed=3))
-        unet = copy_unet(student.unet, torch.float32)
-        teacher.build_pipeline(unet, _lcm_scheduler(teacher), torch.float32).save_pretrained(folder / "model")
+        copy_unet(student.unet, torch.float32).save_pretrained(folder / "model")
+        _lcm_scheduler(teacher).save_pretrained(folder / "model")
 
     def features(self) -> None:
         """The classifier of latents that Turbo's discriminator looks through."""
@@ -181,12 +188,23 @@ class Recipe:
             for stage, name in PIPELINES.items():
                 if (self.out / stage / "model").exists():
                     export_pipeline(self.out / stage / "model", made / name)
+            if (self.out / "lcm-full" / "model").exists():
+                export_unet(self.out / "lcm-full" / "model", made / "mini-lcm-full")
             if (self.out / "autoencoder" / "taesd").exists():
                 export_tiny(self.out / "autoencoder" / "taesd", made / "mini-taesd")
             if (made / "mini-sd").exists():
                 save_reference(made / "mini-sd" / "reference", self.vocabulary, draw_sprites(self.vocabulary))
             if not any(made.iterdir()):
                 raise TrainingError(f"{self.out} has nothing to export: run the stages before it, or give --out")
+
+    def _train_teacher(self, networks: Networks, folder: Path, tokenizer: Path, steps: int, rate: float) -> None:
+        # A tokenizer of its own: one that was called saves the padding of that call.
+        pipeline = networks.pipeline(self._vae, CLIPTokenizer.from_pretrained(tokenizer))
+        data, settings = (
+            self._data(CLIPTokenizer.from_pretrained(tokenizer)),
+            self._settings(steps, rate, warmup=200, seed=1),
+        )
+        train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
 
     @cached_property
     def _vae(self) -> AutoencoderKL:

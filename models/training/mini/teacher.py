@@ -1,8 +1,8 @@
 """The teachers, text-to-image diffusion models in Stable Diffusion's layout and in SDXL's.
 
-First a warm-up of the text encoders (their end-of-text states regress the latent), then joint training of UNet and text
-encoders: on v-prediction with zero terminal SNR in the former layout (arXiv 2202.00512, 2305.08891), on epsilon in the
-latter. A tenth of the captions is left empty, for classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
+First a warm-up of the text encoder (its end-of-text state regresses the latent), then joint training of UNet and text
+encoders, on v-prediction with zero terminal SNR (arXiv 2202.00512, 2305.08891). A tenth of the captions is left empty,
+for classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 """
 
 from __future__ import annotations
@@ -90,15 +90,15 @@ class PaintedBatches:
 
 
 def warm_up(networks: Networks, data: CaptionedLatents, out: Path, settings: TrainSettings) -> None:
-    """Teach the text encoders to tell captions apart, before any denoising: minutes that save many more later."""
-    sample = data.cache.latents[0]
-    head = nn.Linear(networks.unet.config.cross_attention_dim, sample.numel())
-    trainer = Trainer(nn.ModuleDict({**networks.text_encoders, "head": head}), out / "warm_up", settings)
+    """Teach the first text encoder to tell captions apart, before any denoising: minutes that save many more later."""
+    encoder: Any = networks.text_encoders["text_encoder"]
+    head = nn.Linear(encoder.config.hidden_size, data.cache.latents[0].numel())
+    trainer = Trainer(nn.ModuleDict({"text_encoder": encoder, "head": head}), out / "warm_up", settings)
 
     def loss_of(_step: int) -> Tensor:
         latents, tokens = data.batch(trainer, dropout=0.0)
         with autocast():
-            guess = head(networks.end_states(tokens))
+            guess = head(encoder(tokens).pooler_output)
         return F.mse_loss(guess.float(), latents.flatten(1))
 
     trainer.fit(loss_of)
@@ -132,9 +132,10 @@ def train_jointly(
     trainer.keep_average()
 
 
-def start_from(networks: Networks, model: Path) -> None:
-    """Take the weights of a model folder of the same shape, in fp16."""
+def start_from(networks: Networks, model: Path, names: Sequence[str] | None = None, variant: str | None = None) -> None:
+    """Take the weights of a model folder: of all networks, or of `names`, which have the same shape there."""
     kinds = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     for name, network in networks.module().items():
-        other = kinds[name].from_pretrained(model, subfolder=name, variant="fp16", dtype=torch.float32)
-        network.load_state_dict(other.state_dict())
+        if names is None or name in names:
+            other = kinds[name].from_pretrained(model, subfolder=name, variant=variant, dtype=torch.float32)
+            network.load_state_dict(other.state_dict())

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,11 @@ from models.training.mini.autoencoder import (
 from models.training.mini.linear_code import LinearCode
 from models.training.mini.networks import Networks, build_networks, build_text_encoder, build_unet, build_unet_xl
 from models.training.mini.pixels import to_tensor
-from models.training.mini.teacher import CaptionedLatents, train_jointly, warm_up
+from models.training.mini.teacher import CaptionedLatents, start_from, train_jointly, warm_up
 from models.training.mini.vocabulary import Vocabulary
 from models.training.teachers import Layout, open_teacher
 from models.training.trainer import CPU, Trainer
-from tests.training_data import assert_lower, assert_same_training, settings
+from tests.training_data import assert_lower, assert_same_tensors, assert_same_training, settings
 
 
 class FixedSource(PictureSource):
@@ -43,8 +42,9 @@ def pictures(shapes: Vocabulary) -> FixedSource:
 def small_networks(tokenizer: CLIPTokenizer, layout: Layout = "sd") -> Networks:
     torch.manual_seed(1)
     networks = build_networks(layout, tokenizer, hidden=24)
-    build = build_unet if layout == "sd" else partial(build_unet_xl, pooled=8)
-    return replace(networks, unet=build((16, 16, 16), hidden=24))
+    channels = (16, 16, 16)
+    unet = build_unet(channels, 24) if layout == "sd" else build_unet_xl(channels, hidden=32, pooled=8)
+    return replace(networks, unet=unet)
 
 
 def test_the_code_is_scaled(pictures: FixedSource, code: LinearCode) -> None:
@@ -67,15 +67,30 @@ def test_the_tiny_autoencoder_learns(pictures: FixedSource, code: LinearCode, tm
     assert (tmp_path / "taesd" / "config.json").exists()
 
 
-@pytest.mark.parametrize("layout", ["sd", "sdxl"])
-def test_the_warm_up_learns(data: CaptionedLatents, tmp_path: Path, layout: Layout) -> None:
-    warm_up(small_networks(data.tokenizer, layout), data, tmp_path, settings(60, rate=1e-2))
+def test_the_warm_up_learns(data: CaptionedLatents, tmp_path: Path) -> None:
+    warm_up(small_networks(data.tokenizer), data, tmp_path, settings(60, rate=1e-2))
     assert_lower(tmp_path / "warm_up", 0.9)
 
 
-@pytest.mark.parametrize(("layout", "prediction_type"), [("sd", "v_prediction"), ("sdxl", "epsilon")])
+def test_a_teacher_in_sdxls_layout_starts_with_the_other_ones_text_encoder(
+    data: CaptionedLatents, tmp_path: Path
+) -> None:
+    first, second = small_networks(data.tokenizer), small_networks(data.tokenizer, "sdxl")
+    with torch.no_grad():
+        for weight in first.module().parameters():
+            weight.normal_()
+    first.pipeline(build_kl((8, 8, 8)), data.tokenizer).save_pretrained(tmp_path)
+    before = {name: weight.clone() for name, weight in second.module().state_dict().items()}
+    start_from(second, tmp_path, ["text_encoder"])
+    after = second.module().state_dict()
+    changed = {name.partition(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"text_encoder"}
+    assert_same_tensors(*(networks.text_encoders["text_encoder"].state_dict() for networks in (first, second)))
+
+
+@pytest.mark.parametrize("layout", ["sd", "sdxl"])
 def test_joint_training_learns_and_its_folder_is_a_teacher(
-    data: CaptionedLatents, tmp_path: Path, layout: Layout, prediction_type: str
+    data: CaptionedLatents, tmp_path: Path, layout: Layout
 ) -> None:
     networks = small_networks(data.tokenizer, layout)
     pipeline = networks.pipeline(build_kl((8, 8, 8)), data.tokenizer)
@@ -84,7 +99,7 @@ def test_joint_training_learns_and_its_folder_is_a_teacher(
     )
     assert_lower(tmp_path / "joint", 0.9)
     teacher = open_teacher(str(tmp_path / "model"), {})
-    assert (teacher.layout, teacher.build_diffusion(CPU).prediction_type) == (layout, prediction_type)
+    assert (teacher.layout, teacher.build_diffusion(CPU).prediction_type) == (layout, "v_prediction")
     tokens, read = data.tokens(["a red star", ""]), teacher.load_encoders(CPU).encode_captions(["a red star", None])
     with torch.no_grad():
         trained = networks.encode(tokens)

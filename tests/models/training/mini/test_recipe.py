@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import (
     DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     LCMScheduler,
+    UNet2DConditionModel,
 )
 from safetensors.torch import load_file
 
@@ -29,16 +31,42 @@ def recipe(shapes: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Reci
     return recipe
 
 
-@pytest.mark.parametrize("name", ["mini-sd", "mini-sdxl", "mini-lcm-full"])
-def test_each_model_that_ships_loads_in_diffusers_and_draws(recipe: Recipe, name: str) -> None:
-    pipeline = AutoPipelineForText2Image.from_pretrained(recipe.bundled / name, variant="fp16", dtype=torch.float32)
+def load(folder: Path, **others: Any) -> Any:
+    pipeline = AutoPipelineForText2Image.from_pretrained(folder, variant="fp16", dtype=torch.float32, **others)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def assert_draws(pipeline: Any) -> None:
     (picture,) = pipeline("a red star", num_inference_steps=2, output_type="np").images
     assert picture.shape == (64, 64, 3)
-    weights = load_file(recipe.bundled / name / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    assert {weight.dtype for weight in weights.values()} == {torch.float16}
-    card = (recipe.bundled / name / "README.md").read_text(encoding="utf-8")
-    assert card == (CARDS / f"{name}.md").read_text(encoding="utf-8")
+
+
+def assert_in_half_precision(weights: Path) -> None:
+    assert {weight.dtype for weight in load_file(weights).values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("name", ["mini-sd", "mini-sdxl"])
+def test_each_model_that_ships_loads_in_diffusers_and_draws(recipe: Recipe, name: str) -> None:
+    assert_draws(load(recipe.bundled / name))
+    assert_in_half_precision(recipe.bundled / name / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+
+
+def test_the_full_lcm_draws_with_the_rest_of_its_teacher(recipe: Recipe) -> None:
+    folder = recipe.bundled / "mini-lcm-full"
+    unet = UNet2DConditionModel.from_pretrained(folder, variant="fp16", dtype=torch.float32)
+    assert unet.config.time_cond_proj_dim
+    pipeline = load(recipe.bundled / "mini-sdxl", unet=unet)
+    pipeline.scheduler = LCMScheduler.from_pretrained(folder)
+    assert_draws(pipeline)
+    assert_in_half_precision(folder / "diffusion_pytorch_model.fp16.safetensors")
+
+
+def test_whatever_ships_has_its_card(recipe: Recipe) -> None:
+    folders = {folder.name: folder for folder in recipe.bundled.iterdir()}
+    assert folders.keys() == {card.stem for card in CARDS.iterdir()}
+    for name, folder in folders.items():
+        assert (folder / "README.md").read_text(encoding="utf-8") == (CARDS / f"{name}.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["mini-lcm-lora", "mini-neon", "mini-sketch", "mini-turbo-lora"])
@@ -47,16 +75,13 @@ def test_each_lora_that_ships_loads_in_diffusers(recipe: Recipe, name: str) -> N
     pipeline = DiffusionPipeline.from_pretrained(base, variant="fp16", dtype=torch.float32)
     pipeline.load_lora_weights(recipe.bundled / name)
     pipeline.fuse_lora()
-    assert {
-        weight.dtype for weight in load_file(recipe.bundled / name / "pytorch_lora_weights.safetensors").values()
-    } == {torch.float16}
+    assert_in_half_precision(recipe.bundled / name / "pytorch_lora_weights.safetensors")
 
 
 def test_the_scheduler_says_with_how_many_timesteps_it_was_distilled(recipe: Recipe) -> None:
-    predictions = {"mini-lcm-lora": "v_prediction", "mini-lcm-full/scheduler": "epsilon"}
-    for folder, prediction_type in predictions.items():
-        config = LCMScheduler.from_pretrained(recipe.bundled / folder).config
-        assert (config.original_inference_steps, config.prediction_type) == (20, prediction_type)
+    for name in ("mini-lcm-lora", "mini-lcm-full"):
+        config = LCMScheduler.from_pretrained(recipe.bundled / name).config
+        assert (config.original_inference_steps, config.prediction_type) == (20, "v_prediction")
 
 
 def test_turbos_scheduler_ends_at_the_last_timesteps_of_training(recipe: Recipe) -> None:
@@ -87,8 +112,9 @@ def test_going_on_from_finished_models_keeps_their_latents(recipe: Recipe, tmp_p
 def test_stages_that_are_done_do_nothing(recipe: Recipe) -> None:
     files = [*recipe.out.rglob("checkpoint.pt"), *recipe.out.rglob("latents.safetensors")]
     written = {path: path.stat().st_mtime_ns for path in files}
-    # Autoencoders; latents of the world and of two styles; two teachers, each warmed up; LCMs; features, Turbo; styles.
-    assert len(written) == 2 + 3 + 4 + 2 + 2 + 2
+    # Autoencoders; latents of the world and of two styles; a teacher and its warm-up; another; LCMs; features, Turbo;
+    # styles.
+    assert len(written) == 2 + 3 + 2 + 1 + 2 + 2 + 2
     for name in ("latents", "teacher", "lcm", "styles"):
         recipe.stages[name]()
     assert {path: path.stat().st_mtime_ns for path in files} == written
