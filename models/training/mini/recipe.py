@@ -40,7 +40,7 @@ from models.training.trainer import CPU, Compute, TrainSettings
 NUM_PICTURES = 80_000
 BATCH = 48
 LORA_RANK = 12
-TURBO_RANK = 8
+TURBO_RANK = 16
 SOLVER_TIMESTEPS = 20
 GUIDANCE = 3.0  # of the teachers, where they draw best
 TEACHERS: dict[Layout, str] = {"sd": "teacher", "sdxl": "teacher-xl"}
