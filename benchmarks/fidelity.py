@@ -1,6 +1,6 @@
 """How well the bundled models draw what they are asked for: by steps, scheduler and guidance, with intervals.
 
-    python -m benchmarks.fidelity                              # every question, about an hour of two cores
+    python -m benchmarks.fidelity                              # every question, about half an hour of two cores
     python -m benchmarks.fidelity --questions steps control    # some of them
 
 All pictures come out of the service's own engine. No prompt's combination (a thing on a background, a thing in a
@@ -83,17 +83,6 @@ def decoder_question() -> list[Setting]:
     return [Setting("mini-lcm", "lcm", 4, 0, "tiny")]
 
 
-def full_question() -> list[Setting]:
-    """The full LCM by steps and by guidance scale, which its network reads."""
-    by_steps = [Setting("mini-lcm-full", "lcm", steps, 3) for steps in (1, 2, 4, 8)]
-    return [*by_steps, *(Setting("mini-lcm-full", "lcm", 4, guidance) for guidance in (1, 2, 4))]
-
-
-def turbo_question() -> list[Setting]:
-    """Turbo by steps, and its teacher by the same solver without the LoRA."""
-    return [Setting(model, "euler-ancestral", steps, 0) for model in ("mini-turbo", TEACHER_XL) for steps in (1, 2, 4)]
-
-
 QUESTIONS: dict[str, Callable[[], list[Setting]]] = {
     "teacher": teacher_question,
     "steps": steps_question,
@@ -102,8 +91,6 @@ QUESTIONS: dict[str, Callable[[], list[Setting]]] = {
     "guidance": guidance_question,
     "decoder": decoder_question,
     "control-xl": lambda: control_question(TEACHER_XL),
-    "full": full_question,
-    "turbo": turbo_question,
 }
 
 

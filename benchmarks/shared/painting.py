@@ -23,6 +23,7 @@ from workers.engine.runner import ModelRunner
 
 BASE = get_spec(load_catalog(), "mini-lcm")
 TEACHER, TEACHER_XL = "mini-sd", "mini-sdxl"
+FAMILIES = {TEACHER: "sd", TEACHER_XL: "sdxl"}
 FURTHER_SCHEDULERS = {
     "tcd, eta 0": SchedulerSpec(class_name="TCDScheduler", config={"original_inference_steps": 20}),
     "unipc": SchedulerSpec(class_name="UniPCMultistepScheduler", config={"timestep_spacing": "trailing"}),
@@ -91,14 +92,11 @@ class Painter:
 
 
 def spec_of(model: str) -> ModelSpec:
-    """An entry, or for a teacher the entry that draws with it, without its LoRA and with guidance; with every scheduler
-    that is compared. Raises CatalogError."""
-    entries = load_catalog()
-    students = [entry for entry in entries.values() if entry.lora and entry.source == f"bundled:{model}"]
-    if students:
-        plain = {"lora": None, "guidance": BASE.guidance, "guidance_scale": BASE.guidance_scale}
-        return students[0].model_copy(update=plain | {"schedulers": BASE.schedulers | FURTHER_SCHEDULERS})
-    spec = get_spec(entries, model)
+    """An entry, or a bundled teacher as one; with every scheduler that is compared. Raises CatalogError."""
+    if family := FAMILIES.get(model):
+        spec = BASE.model_copy(update={"family": family, "source": f"bundled:{model}", "lora": None})
+    else:
+        spec = get_spec(load_catalog(), model)
     return spec.model_copy(update={"schedulers": spec.schedulers | FURTHER_SCHEDULERS})
 
 

@@ -14,20 +14,26 @@ from models.training.mini.export import CARDS
 from models.training.mini.judging import wilson
 
 PROMPTS = 30  # of each kind
-SETTING = Setting("mini-lcm", "lcm", 4, 0)
+SETTINGS = {
+    "mini-sd": Setting("mini-lcm", "lcm", 4, 0),
+    "mini-sdxl": Setting("mini-sdxl", "ddim", 8, 3),
+}
+"""By the card that has the figures."""
 COLUMNS = ("object", "object_top5", "shape", "tinted", "pair", "background")
 
 
 @pytest.fixture(scope="module")
-def row() -> Row:
-    return Bench(PROMPTS).measure(SETTING)
+def rows() -> dict[str, Row]:
+    bench = Bench(PROMPTS)
+    return {card: bench.measure(setting) for card, setting in SETTINGS.items()}
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_the_weights_are_within_the_interval_of_their_card(row: Row, column: str) -> None:
-    measured: Share = getattr(row, column)
+@pytest.mark.parametrize("card", SETTINGS)
+def test_the_weights_are_within_the_interval_of_their_card(rows: dict[str, Row], card: str, column: str) -> None:
+    measured: Share = getattr(rows[card], column)
     low, high = wilson(measured.right, measured.of)
-    card_low, card_high = card_interval(BUNDLED_PATH / "mini-sd" / "README.md", str(SETTING), column)
+    card_low, card_high = card_interval(BUNDLED_PATH / card / "README.md", str(SETTINGS[card]), column)
     assert low <= card_high / 100 + 0.005
     assert high >= card_low / 100 - 0.005
 

@@ -1,19 +1,29 @@
-"""The shipped miniature: loads in plain diffusers, the LoRA fuses, and four steps draw what the prompt says."""
+"""The shipped miniatures: they load in plain diffusers, LoRAs fuse, and few steps draw what the prompt says."""
 
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, LCMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
+from models.training.mini.dataset import Pixels
+from models.training.mini.export import CARDS
 from models.training.mini.recognizer import ColorNamer, Recognizer, look_distance
 from models.training.mini.reference import Reference, load_reference
 from models.training.mini.restyling import STYLES
 
 BUNDLED = Path(__file__).parents[2] / "models" / "bundled"
+HALF: dict[str, Any] = {"variant": "fp16", "dtype": torch.float32}  # of the file, and of the network
 
 PROMPTS = [
     ("red apple", "blue"), ("dog", "pink"), ("cat", "teal"), ("banana", "purple"), ("rocket", "white"),
@@ -26,7 +36,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED / "mini-sd", variant="fp16", dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED / "mini-sd", **HALF)
     pipeline.load_lora_weights(BUNDLED / "mini-lcm-lora")
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
@@ -40,16 +50,16 @@ def reference() -> Reference:
     return load_reference(BUNDLED / "mini-sd" / "reference")
 
 
-def generate(
-    pipeline: StableDiffusionPipeline, prompts: list[str]
-) -> list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
+def generate(pipeline: DiffusionPipeline, prompts: list[str], steps: int = 4, guidance: float = 0) -> list[Pixels]:
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    output = pipeline(prompts, num_inference_steps=4, guidance_scale=0, generator=generators)
+    output = pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generators)
     return [np.asarray(image) for image in output.images]
 
 
-def test_four_steps_draw_the_thing_and_the_background(pipeline: StableDiffusionPipeline, reference: Reference) -> None:
-    pictures = generate(pipeline, [f"a {name} on a {color} background" for name, color in PROMPTS])
+def assert_draws_things_and_backgrounds(
+    pipeline: DiffusionPipeline, reference: Reference, steps: int, guidance: float
+) -> None:
+    pictures = generate(pipeline, [f"a {name} on a {color} background" for name, color in PROMPTS], steps, guidance)
     recognizer, namer = Recognizer(reference.drawings), ColorNamer(list(reference.colors.values()))
     colors = list(reference.colors)
     things = [recognizer.single(picture) for picture in pictures]
@@ -59,6 +69,16 @@ def test_four_steps_draw_the_thing_and_the_background(pipeline: StableDiffusionP
     right_colors = [colors[namer.name(picture)] == color for picture, (_, color) in zip(pictures, PROMPTS, strict=True)]
     assert np.mean(right_things) >= 0.9
     assert np.mean(right_colors) >= 0.95
+
+
+def test_four_steps_draw_the_thing_and_the_background(pipeline: StableDiffusionPipeline, reference: Reference) -> None:
+    assert_draws_things_and_backgrounds(pipeline, reference, steps=4, guidance=0)
+
+
+def test_the_teacher_in_sdxls_layout_does_so_with_guidance(reference: Reference) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BUNDLED / "mini-sdxl", **HALF)
+    pipeline.set_progress_bar_config(disable=True)
+    assert_draws_things_and_backgrounds(pipeline, reference, steps=8, guidance=3)
 
 
 PAIRS = [
@@ -90,7 +110,7 @@ def test_capitals_change_nothing(pipeline: StableDiffusionPipeline) -> None:
 
 
 def test_the_tiny_decoder_reads_the_same_latents(pipeline: StableDiffusionPipeline) -> None:
-    tiny = AutoencoderTiny.from_pretrained(BUNDLED / "mini-taesd", variant="fp16", dtype=torch.float32)
+    tiny = AutoencoderTiny.from_pretrained(BUNDLED / "mini-taesd", **HALF)
     latents = pipeline(
         ["a red apple on a blue background"],
         num_inference_steps=4,
@@ -133,7 +153,7 @@ def test_a_style_lora_is_small(style: str) -> None:
 def test_loading_and_fusing_warns_of_nothing() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED / "mini-sd", variant="fp16", dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(BUNDLED / "mini-sd", **HALF)
         pipeline.load_lora_weights(BUNDLED / "mini-lcm-lora")
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
@@ -152,12 +172,13 @@ def test_the_scheduler_ships_with_the_lora() -> None:
 def test_all_files_together_stay_under_forty_megabytes() -> None:
     sizes = [path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()]
     assert sum(sizes) < 40_000_000
-    names = ("mini-sd", "mini-taesd", "mini-lcm-lora", *(f"mini-{style}" for style in STYLES))
-    assert all((BUNDLED / name / "README.md").exists() for name in names)
+    assert {folder.name for folder in BUNDLED.iterdir()} <= {card.stem for card in CARDS.iterdir()}
+    assert all((folder / "README.md").exists() for folder in BUNDLED.iterdir())
 
 
 def test_no_config_keeps_what_the_machine_or_the_last_call_left() -> None:
     tables = {path: json.loads(path.read_text(encoding="utf-8")) for path in BUNDLED.rglob("*.json")}
     assert not [path for path, table in tables.items() if isinstance(table, dict) and "_name_or_path" in table]
-    tokenizer = tables[BUNDLED / "mini-sd" / "tokenizer" / "tokenizer.json"]
-    assert (tokenizer["truncation"], tokenizer["padding"]) == (None, None)
+    tokenizers = [table for path, table in tables.items() if path.name == "tokenizer.json"]
+    assert len(tokenizers) == 3
+    assert all((tokenizer["truncation"], tokenizer["padding"]) == (None, None) for tokenizer in tokenizers)

@@ -137,13 +137,13 @@ class Recipe:
         teacher, folder = self._open("sdxl"), self.out / "lcm-full"
         torch.manual_seed(3)
         student = FullStudent(teacher.load_unet(CPU, torch.float32), torch.float32)
-        self._distill(teacher, student, folder, (1.0, 4.0), self._settings(2000, 2e-4, ema_decay=0.95, seed=3))
+        self._distill(teacher, student, folder, (1.0, 4.0), self._settings(3300, 2e-4, ema_decay=0.95, seed=3))
         copy_unet(student.unet, torch.float32).save_pretrained(folder / "model")
         _lcm_scheduler(teacher).save_pretrained(folder / "model")
 
     def features(self) -> None:
         """The classifier of latents that Turbo's discriminator looks through."""
-        settings = self._settings(3000, 1e-3, save_every=500)
+        settings = self._settings(2000, 1e-3, save_every=500)
         accuracy = train_classifier(
             LatentCache.load(self.out / "latents"), self.vocabulary, self.out / "features", settings
         )
@@ -163,7 +163,7 @@ class Recipe:
             add.student_timesteps(scheduler, settings.student_timesteps),
             PaintedBatches(self._data(encoders.tokenizers[0]), encoders),
             folder,
-            self._settings(3000, 2e-4, ema_decay=0.99, seed=4),
+            self._settings(1800, 2e-4, ema_decay=0.99, save_every=300, seed=4),
             settings,
         )
 

@@ -13,7 +13,7 @@ import torch
 from models.catalog import ModelSpec
 from models.loading import LoadError, load_diffusers
 from models.training.errors import TeacherError
-from models.training.teachers import Conditions, Teacher, call_unet, open_teacher
+from models.training.teachers import Conditions, Layout, Teacher, call_unet, open_teacher
 from tests.small_models import make_sd_folder, small_lcm_spec, small_sd_turbo_spec, small_sdxl_spec, small_spec
 from tests.training_data import CPU, KINDS, Kind, change_config, make_teacher
 
@@ -116,10 +116,11 @@ def test_weights_in_half_precision_only_are_read_and_served_so(root: Path, own_f
     assert teacher.serving_keys == {"variant": "fp16", "source": str(own_folder)}
 
 
-def test_the_bundled_miniature_is_a_teacher_wherever_it_is_installed() -> None:
-    teacher = open_teacher("bundled:mini-sd", {})
-    assert (teacher.layout, teacher.default_size) == ("sd", (64, 64))
-    assert teacher.serving_keys == {"variant": "fp16", "source": "bundled:mini-sd"}
+@pytest.mark.parametrize("layout", ["sd", "sdxl"])
+def test_the_bundled_miniatures_are_teachers_wherever_they_are_installed(layout: Layout) -> None:
+    teacher = open_teacher(f"bundled:mini-{layout}", {})
+    assert (teacher.layout, teacher.default_size) == (layout, (64, 64))
+    assert teacher.serving_keys == {"variant": "fp16", "source": f"bundled:mini-{layout}"}
 
 
 def test_a_fingerprint_is_of_weights_and_not_of_places(root: Path, own_folder: Path) -> None:
