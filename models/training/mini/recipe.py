@@ -200,10 +200,8 @@ class Recipe:
     def _train_teacher(self, networks: Networks, folder: Path, tokenizer: Path, steps: int, rate: float) -> None:
         # A tokenizer of its own: one that was called saves the padding of that call.
         pipeline = networks.pipeline(self._vae, CLIPTokenizer.from_pretrained(tokenizer))
-        data, settings = (
-            self._data(CLIPTokenizer.from_pretrained(tokenizer)),
-            self._settings(steps, rate, warmup=200, seed=1),
-        )
+        data = self._data(CLIPTokenizer.from_pretrained(tokenizer))
+        settings = self._settings(steps, rate, warmup=200, seed=1)
         train_jointly(networks, data, folder, settings, lambda: pipeline.save_pretrained(folder / "model"))
 
     @cached_property
