@@ -1,5 +1,6 @@
 """The whole recipe, a few steps of each stage: every folder that ships loads and draws."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def test_the_full_lcm_draws_with_the_rest_of_its_teacher(recipe: Recipe) -> None
     pipeline.scheduler = LCMScheduler.from_pretrained(folder)
     assert_draws(pipeline)
     assert_in_half_precision(folder / "diffusion_pytorch_model.fp16.safetensors")
+
+
+def test_no_tokenizer_keeps_the_padding_of_its_last_call(recipe: Recipe) -> None:
+    tables = [json.loads(path.read_text(encoding="utf-8")) for path in recipe.bundled.rglob("tokenizer.json")]
+    assert [(table["truncation"], table["padding"]) for table in tables] == [(None, None)] * 3
 
 
 def test_whatever_ships_has_its_card(recipe: Recipe) -> None:
