@@ -139,6 +139,12 @@ def turbo(
         int | None,
         typer.Option(metavar="RANK", min=1, help="Trains a LoRA of this rank instead of the whole network."),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="An LCM-LoRA of the teacher, of the same rank, which --lora-only goes on from."
+        ),
+    ] = None,
     features: Annotated[
         str,
         typer.Option(
@@ -193,7 +199,7 @@ def turbo(
     from models.training.add import AddSettings
 
     settings = AddSettings(timesteps, distillation, guidance, r1, heads_rate)
-    distill_turbo(_options(locals()), TurboOptions(features, lora, lora_only, half), settings)
+    distill_turbo(_options(locals()), TurboOptions(features, lora, lora_only, start, half), settings)
 
 
 Weights = Annotated[str, typer.Argument(help="A folder of diffusers, a UNet's folder, or an entry of the catalog.")]

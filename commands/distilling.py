@@ -94,13 +94,15 @@ class Session:
         batches = self._load_batches(encoders)
         return batches, SampleSheet(prompts, encoders, self.size, scheduler, guidance_scale) if prompts else None
 
-    def make_student(self, rank: int | None, whole: Callable[[Any, torch.dtype], Whole]) -> LoraStudent | Whole:
-        """A LoRA of this rank, or a `whole` network."""
+    def make_student(
+        self, rank: int | None, whole: Callable[[Any, torch.dtype], Whole], start: Path | None = None
+    ) -> LoraStudent | Whole:
+        """A LoRA of this rank, which may `start` as another one, or a `whole` network."""
         teacher, device = self.teacher, self.compute.device
         torch.manual_seed(self.options.seed)
         student: LoraStudent | Whole
         if rank is not None:
-            student = LoraStudent(teacher.load_unet(device, self.weights_dtype), rank)
+            student = LoraStudent(teacher.load_unet(device, self.weights_dtype), rank, start=start)
         else:
             student = whole(teacher.load_unet(device, torch.float32), self.weights_dtype)
         if self.options.gradient_checkpointing:

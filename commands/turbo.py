@@ -20,6 +20,7 @@ from models.training.entries import save_table, turbo_entry, turbo_lora_entry
 from models.training.errors import ExtractError, TrainingError
 from models.training.extract import CONFIG, Extract, Weights, extract
 from models.training.features import TEACHER, Features, TeacherFeatures, load_classifier
+from models.training.fingerprints import file_fingerprints, fingerprint
 from models.training.lcm import Student
 from workers.settings import WorkerSettings
 
@@ -30,11 +31,13 @@ USUAL_RANK = 64
 
 @dataclass(frozen=True)
 class TurboOptions:
-    """What only this distillation is told: `lora` is the rank of what is extracted, `lora_only` of what is trained."""
+    """What only this distillation is told: `lora` is the rank of what is extracted, `lora_only` of what is trained,
+    `start` the folder of the LoRA that the latter begins as."""
 
     features: str
     lora: int | None
     lora_only: int | None
+    start: Path | None
     half: bool
 
     @property
@@ -48,12 +51,13 @@ def distill_turbo(options: Options, own: TurboOptions, settings: AddSettings) ->
     with told(options, "give --lora-only" if rank is None else f"lower --lora-only ({rank} now)"):
         if own.lora and rank:
             raise TrainingError(f"--lora {own.lora} and --lora-only {rank}: what is trained as a LoRA is one already")
+        started = _fingerprint_of_start(own)
         session = Session(options)
         teacher, compute = session.teacher, session.compute
         scheduler = build_scheduler(teacher)
         given = None if own.features == TEACHER else load_classifier(Path(own.features), compute)
         batches, sheet = session.encode(scheduler, 0.0)
-        student = session.make_student(rank, WholeStudent)
+        student = session.make_student(rank, WholeStudent, own.start)
         distiller = AddDistiller(
             student,
             given or _teacher_features(session, student),
@@ -64,7 +68,7 @@ def distill_turbo(options: Options, own: TurboOptions, settings: AddSettings) ->
             session.train_settings(WHOLE_RATE if rank is None else LORA_RATE),
             settings,
             compute,
-            {**session.identity, "lora_only": rank},
+            {**session.identity, "lora_only": rank, "start": started},
         )
         distiller.distill(session.saving(student, scheduler, own.saved_dtype, sheet, distiller.trainer))
         if own.lora:
@@ -72,6 +76,17 @@ def distill_turbo(options: Options, own: TurboOptions, settings: AddSettings) ->
                 _extract_student(session, student, scheduler, own, settings.student_timesteps)
         make_entry = turbo_entry if rank is None else turbo_lora_entry
         session.announce(make_entry(teacher, session.size, options.out, settings.student_timesteps))
+
+
+def _fingerprint_of_start(own: TurboOptions) -> str | None:
+    if own.start is None:
+        return None
+    if own.lora_only is None:
+        raise TrainingError(f"--start {own.start} is for --lora-only: a whole network starts as its teacher")
+    file = own.start / LORA_WEIGHT_NAME_SAFE
+    if not file.is_file():
+        raise TrainingError(f"--start {own.start}: the folder of a LoRA is needed, with {LORA_WEIGHT_NAME_SAFE}")
+    return fingerprint(file_fingerprints([file]))
 
 
 def _teacher_features(session: Session, student: Student) -> Features:

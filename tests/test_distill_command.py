@@ -61,7 +61,7 @@ COMMON: dict[str, Any] = {
 }
 OWN: dict[Program, dict[str, Any]] = {
     "lcm": {"full": False, "rank": 4, "solver_timesteps": 50, "guidance": (3.0, 15.0)},
-    "turbo": {"features": "teacher", "lora": None, "lora_only": None, "half": True},
+    "turbo": {"features": "teacher", "lora": None, "lora_only": None, "start": None, "half": True},
 }
 
 
@@ -161,6 +161,17 @@ def test_a_turbo_lora_alone_is_trained_through_a_classifiers_features_and_served
     assert "student: a LoRA of rank 4" in said
     assert {path.name for path in out.iterdir()} == {LORA_FILE, "scheduler_config.json", "catalog.toml", "training"}
     assert {tensor.dtype for tensor in load_file(out / LORA_FILE).values()} == {torch.float32}
+
+
+def test_a_turbo_lora_goes_on_from_an_lcm_lora(root: Path, tmp_path: Path) -> None:
+    """With a rate of next to nothing it ends where it began."""
+    lcm, out = tmp_path / "lcm", tmp_path / "turbo"
+    distil("lcm", root, lcm, rate=0.1)
+    distil("turbo", root, out, lora_only=4, start=lcm, half=False, rate=1e-9)
+    begun, ended = load_file(lcm / LORA_FILE), load_file(out / LORA_FILE)
+    assert begun.keys() == ended.keys()
+    assert all(torch.allclose(weight.float(), ended[name], atol=1e-6) for name, weight in begun.items())
+    assert any(weight.abs().max() > 0.01 for name, weight in begun.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize(("program", "written"), [("lcm", LORA_FILE), ("turbo", "model_index.json")])
@@ -277,6 +288,8 @@ WRONG_IN_ALL: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("lcm", {"guidance": (3.0, math.inf)}, ("--guidance 3 inf", "1 <= LOW <= HIGH")),
         ("lcm", {"full": True}, ("--rank 4 and --full", "a whole network has no rank")),
         ("turbo", {"lora": 4, "lora_only": 8}, ("--lora 4 and --lora-only 8", "is one already")),
+        ("turbo", {"start": Path("lcm")}, ("--start lcm is for --lora-only", "a whole network starts as its teacher")),
+        ("turbo", {"start": Path("nowhere"), "lora_only": 4}, ("--start nowhere: the folder of a LoRA", LORA_FILE)),
         (
             "turbo",
             {"features": "nowhere"},
@@ -295,6 +308,12 @@ def test_a_wrong_option_is_named(
     with one_line(capsys, *words):
         distil(program, root, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()  # before anything was encoded
+
+
+def test_a_lora_of_another_rank_is_no_start(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    distil("lcm", root, tmp_path / "lcm")
+    with one_line(capsys, f"{tmp_path / 'lcm'}: ", "lora_A.weight is (4, ", "and (8, ", "the same teacher and rank"):
+        distil("turbo", root, tmp_path / "out", start=tmp_path / "lcm", lora_only=8)
 
 
 def test_a_teacher_that_predicts_pictures_is_refused_before_anything_is_encoded(

@@ -11,7 +11,7 @@ from typing import Any
 from models.training.teachers import OTHER_KEYS, Size, Teacher
 
 ENTRY_FILE = "catalog.toml"
-STEPS = {"default": 4, "min": 1, "max": 8}
+USUAL_STEPS, MOST_STEPS = 4, 8
 USUAL_GUIDANCE = 8.0  # the published full LCMs' default
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -40,10 +40,9 @@ def lcm_lora_entry(teacher: Teacher, size: Size, lora: Path, solver_timesteps: i
     """The teacher with its LCM-LoRA."""
     return {
         **base_entry(teacher, size, f"{teacher.name} with an LCM-LoRA", teacher.serving_keys),
-        "num_inference_steps": STEPS,
         "guidance_scale": {"default": 0.0, "min": 0.0, "max": 2.0},
         "lora": {"source": str(lora.resolve())},
-        **lcm_schedulers(solver_timesteps),
+        **lcm_rules(solver_timesteps),
     }
 
 
@@ -54,10 +53,9 @@ def full_lcm_entry(
     low, high = guidance
     return {
         **base_entry(teacher, size, f"an LCM distilled from {teacher.name}", {"source": str(folder.resolve())}),
-        "num_inference_steps": STEPS,
         "guidance": "embedded",
         "guidance_scale": {"default": min(max(USUAL_GUIDANCE, low), high), "min": low, "max": high},
-        **lcm_schedulers(solver_timesteps),
+        **lcm_rules(solver_timesteps),
     }
 
 
@@ -89,13 +87,14 @@ def _turbo_rules(num_steps: int) -> dict[str, Any]:
 
 def _most_that_divides(num_steps: int) -> int:
     """Trailing timesteps of n steps are among those of num_steps where n divides it."""
-    return max(steps for steps in range(1, STEPS["default"] + 1) if num_steps % steps == 0)
+    return max(steps for steps in range(1, USUAL_STEPS + 1) if num_steps % steps == 0)
 
 
-def lcm_schedulers(solver_timesteps: int) -> dict[str, Any]:
+def lcm_rules(solver_timesteps: int) -> dict[str, Any]:
     """An LCM's, whose steps are among those that it was distilled with."""
+    steps = {"default": min(USUAL_STEPS, solver_timesteps), "min": 1, "max": min(MOST_STEPS, solver_timesteps)}
     lcm = {"class_name": "LCMScheduler", "config": {"original_inference_steps": solver_timesteps}}
-    return {"default_scheduler": "lcm", "schedulers": {"lcm": lcm}}
+    return {"num_inference_steps": steps, "default_scheduler": "lcm", "schedulers": {"lcm": lcm}}
 
 
 def write_table(name: str, entry: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ class TrainingError(Exception):
         ├── TeacherError      what is given as the teacher isn't one
         ├── PicturesError     a folder of pictures that nothing can be learnt from
         ├── FeaturesError     what is given to look at pictures through can't do that
+        ├── StartError        a LoRA to start from that doesn't fit the teacher
         ├── ExtractError      two networks between which no LoRA lies
         ├── CheckpointError   a checkpoint of another run
         └── Diverged          the loss is no number any more
@@ -28,6 +29,10 @@ class PicturesError(TrainingError):
 
 class FeaturesError(TrainingError):
     """The folder, and what is needed there."""
+
+
+class StartError(TrainingError):
+    """The folder, and the first weight that differs, with both shapes."""
 
 
 class ExtractError(TrainingError):

@@ -17,10 +17,14 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.networks import check_weights
 from models.training.diffusion import Diffusion
+from models.training.errors import StartError
 from models.training.pictures import Batches
 from models.training.teachers import Conditions, call_unet
 from models.training.trainer import Compute, Identity, Trainer, TrainSettings
@@ -143,10 +147,15 @@ class GuidedStudent(Student, Protocol):
 
 
 class LoraStudent:
-    """One network in memory: with its LoRA the student, with the averaged LoRA the target, without one the teacher."""
+    """One network in memory: with its LoRA the student, with the averaged LoRA the target, without one the teacher.
 
-    def __init__(self, unet: Any, rank: int, targets: Sequence[str] = LORA_TARGETS) -> None:
+    The student begins as the teacher, or with the LoRA that lies in the folder `start`. Raises as `load_lora`.
+    """
+
+    def __init__(self, unet: Any, rank: int, targets: Sequence[str] = LORA_TARGETS, start: Path | None = None) -> None:
         self.unet = add_lora(unet, rank, targets)
+        if start is not None:
+            load_lora(self.unet, start)
 
     @contextmanager
     def teacher(self) -> Iterator[Any]:
@@ -245,3 +254,19 @@ def save_lora(unet: Any, folder: Path, dtype: torch.dtype = torch.float32) -> No
     """Write the LoRA as diffusers' `load_lora_weights` reads it."""
     layers = {name: weight.to(dtype).contiguous() for name, weight in get_peft_model_state_dict(unet).items()}
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def load_lora(unet: Any, folder: Path) -> None:
+    """Put what `save_lora` wrote in the place of the network's own LoRA.
+
+    Raises LoadError for a file that can't be read, StartError for a LoRA of other layers or of another rank.
+    """
+    check_weights(folder / LORA_WEIGHT_NAME_SAFE)
+    found = {name.removeprefix("unet."): weight for name, weight in load_file(folder / LORA_WEIGHT_NAME_SAFE).items()}
+    own = get_peft_model_state_dict(unet)
+    for name in sorted(found.keys() | own.keys()):
+        there, here = (tuple(layers[name].shape) if name in layers else "missing" for layers in (found, own))
+        if there != here:
+            wanted = "a LoRA of the same teacher and rank is needed, as fewstep distill writes it"
+            raise StartError(f"{folder}: {name} is {there} there, and {here} in the student: {wanted}")
+    set_peft_model_state_dict(unet, found)

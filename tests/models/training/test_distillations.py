@@ -230,3 +230,11 @@ def test_weights_are_in_half_precision(result: Result) -> None:
     assert paths
     tensors = [tensor for path in paths for tensor in load_file(path).values()]
     assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float16}
+
+
+@pytest.mark.parametrize(("solver_timesteps", "steps"), [(2, (2, 2)), (6, (4, 6)), (50, (4, 8))])
+def test_an_lcm_of_few_timesteps_offers_no_more_steps(
+    root: Path, solver_timesteps: int, steps: tuple[int, int]
+) -> None:
+    entry = lcm_lora_entry(make_teacher(root, "sd"), SIZE, root, solver_timesteps)
+    assert entry["num_inference_steps"] == {"default": steps[0], "min": 1, "max": steps[1]}
