@@ -2,6 +2,7 @@
 
     python -m benchmarks.fidelity                              # every question, about half an hour of two cores
     python -m benchmarks.fidelity --questions steps control    # some of them
+    python -m benchmarks.fidelity --questions --extra-catalog my-mini/catalog.toml    # what fewstep distill made
 
 All pictures come out of the service's own engine. No prompt's combination (a thing on a background, a thing in a
 colour, two neighbours) was in the training data. The judge compares with the drawings themselves and shares no feature
@@ -40,7 +41,7 @@ from benchmarks.shared.painting import (
     save_sheet,
 )
 from benchmarks.shared.report import print_table, write_between, write_report
-from models.catalog import BUNDLED_PATH
+from models.catalog import BUNDLED_PATH, load_catalog
 from models.training.mini.dataset import Composer, Pixels
 from models.training.mini.judging import Case, CaseMaker, Judge, Kind, Verdict, check_reference, wilson
 from models.training.mini.recognizer import sharpness
@@ -83,6 +84,23 @@ def decoder_question() -> list[Setting]:
     return [Setting("mini-lcm", "lcm", 4, 0, "tiny")]
 
 
+def full_question() -> list[Setting]:
+    """The full LCM by steps and by guidance scale, which its network reads."""
+    by_steps = [Setting("mini-lcm-full", "lcm", steps, 3) for steps in (1, 2, 4, 8)]
+    return [*by_steps, *(Setting("mini-lcm-full", "lcm", 4, guidance) for guidance in (2, 4, 5))]
+
+
+def own_question(extra: Path) -> list[Setting]:
+    """The models of a catalog file, as `fewstep distill` writes it for one of a bundled teacher."""
+    bundled, found = load_catalog(), load_catalog(extra=extra)
+    return [
+        Setting(name, spec.default_scheduler, steps, spec.guidance_scale.default)
+        for name, spec in found.items()
+        for steps in (1, 2, 4, 8)
+        if spec != bundled.get(name) and spec.num_inference_steps.min <= steps <= spec.num_inference_steps.max
+    ]
+
+
 QUESTIONS: dict[str, Callable[[], list[Setting]]] = {
     "teacher": teacher_question,
     "steps": steps_question,
@@ -91,12 +109,14 @@ QUESTIONS: dict[str, Callable[[], list[Setting]]] = {
     "guidance": guidance_question,
     "decoder": decoder_question,
     "control-xl": lambda: control_question(TEACHER_XL),
+    "full": full_question,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS))
+    parser.add_argument("--questions", nargs="*", choices=list(QUESTIONS), default=list(QUESTIONS))
+    parser.add_argument("--extra-catalog", type=Path, help="a catalog file whose models are measured too")
     parser.add_argument("--prompts", type=int, default=100, help="of each kind (objects, shapes, recoloured, pairs)")
     parser.add_argument("--card", type=Path, help="text whose table to replace, such as a model card")
     parser.add_argument("--sheets", type=Path, help="folder for a sheet of pictures per row")
@@ -104,8 +124,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-fidelity.json")
     options = parser.parse_args()
     hush_libraries()
-    bench = Bench(options.prompts, options.sheets)
+    bench = Bench(options.prompts, options.sheets, options.extra_catalog)
     settings = dict.fromkeys(setting for question in options.questions for setting in QUESTIONS[question]())
+    if options.extra_catalog is not None:
+        settings |= dict.fromkeys(own_question(options.extra_catalog))
     rows = [*bench.bounds(), *map(bench.measure, settings)]
     table = print_table(rows)
     if options.card is not None:
@@ -148,13 +170,13 @@ class Row:
 class Bench:
     """The prompts, the judge and the painter."""
 
-    def __init__(self, prompts: int, sheets: Path | None = None) -> None:
+    def __init__(self, prompts: int, sheets: Path | None = None, extra_catalog: Path | None = None) -> None:
         self.vocabulary, reference = load_vocabulary(), load_reference(BUNDLED_PATH / "mini-sd" / "reference")
         check_reference(reference, self.vocabulary)
         self.drawings = reference.drawings
         self.cases = CaseMaker(self.vocabulary, self.drawings).cases(prompts)
         self.judge = Judge(self.vocabulary, self.drawings)
-        self.painter = Painter()
+        self.painter = Painter(extra_catalog)
         self.sheets = sheets
         self.shown: dict[str, list[Pixels]] = {}
         """By row, for the gallery."""

@@ -57,15 +57,16 @@ class Setting:
 
 
 class Painter:
-    """Draws with any setting; each model is loaded once, in float32."""
+    """Draws with any setting, also of the entries of a catalog file `extra`; each model is loaded once, in float32."""
 
-    def __init__(self) -> None:
+    def __init__(self, extra: Path | None = None) -> None:
+        self._extra = extra
         self._engines: dict[str, Engine] = {}
 
     def paint(self, setting: Setting, asked: Sequence[tuple[str, int]]) -> list[Pixels]:
         """A picture for each prompt and seed, in their order, drawn together as far as the engine's batches reach.
         Raises RuntimeError where one wasn't drawn."""
-        spec, engine = spec_of(setting.model), self._engine(setting.model)
+        spec, engine = spec_of(setting.model, self._extra), self._engine(setting.model)
         wishes = {
             "num_inference_steps": setting.steps,
             "guidance_scale": setting.guidance,
@@ -86,17 +87,18 @@ class Painter:
 
     def _engine(self, model: str) -> Engine:
         if model not in self._engines:
-            pipeline = load_pipeline(spec_of(model), torch.device("cpu"), torch.float32)
+            pipeline = load_pipeline(spec_of(model, self._extra), torch.device("cpu"), torch.float32)
             self._engines[model] = Engine({pipeline.spec.name: ModelRunner(pipeline)})
         return self._engines[model]
 
 
-def spec_of(model: str) -> ModelSpec:
-    """An entry, or a bundled teacher as one; with every scheduler that is compared. Raises CatalogError."""
+def spec_of(model: str, extra: Path | None = None) -> ModelSpec:
+    """An entry, also of the catalog file `extra`, or a bundled teacher as one; with every scheduler that is compared.
+    Raises CatalogError."""
     if family := FAMILIES.get(model):
         spec = BASE.model_copy(update={"family": family, "source": f"bundled:{model}", "lora": None})
     else:
-        spec = get_spec(load_catalog(), model)
+        spec = get_spec(load_catalog(extra=extra), model)
     return spec.model_copy(update={"schedulers": spec.schedulers | FURTHER_SCHEDULERS})
 
 
