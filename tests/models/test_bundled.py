@@ -14,6 +14,7 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 
 from models.training.mini.dataset import Pixels
@@ -67,8 +68,8 @@ def assert_draws_things_and_backgrounds(
         thing is not None and name in reference.names[thing] for thing, (name, _) in zip(things, PROMPTS, strict=True)
     ]
     right_colors = [colors[namer.name(picture)] == color for picture, (_, color) in zip(pictures, PROMPTS, strict=True)]
-    assert np.mean(right_things) >= 0.9
-    assert np.mean(right_colors) >= 0.95
+    assert right_things.count(False) <= 3
+    assert right_colors.count(False) <= 1
 
 
 def test_four_steps_draw_the_thing_and_the_background(pipeline: StableDiffusionPipeline, reference: Reference) -> None:
@@ -79,6 +80,14 @@ def test_the_teacher_in_sdxls_layout_does_so_with_guidance(reference: Reference)
     pipeline = StableDiffusionXLPipeline.from_pretrained(BUNDLED / "mini-sdxl", **HALF)
     pipeline.set_progress_bar_config(disable=True)
     assert_draws_things_and_backgrounds(pipeline, reference, steps=8, guidance=3)
+
+
+def test_the_full_lcm_does_so_with_guidance_as_an_input(reference: Reference) -> None:
+    unet = UNet2DConditionModel.from_pretrained(BUNDLED / "mini-lcm-full", **HALF)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BUNDLED / "mini-sdxl", unet=unet, **HALF)
+    pipeline.scheduler = LCMScheduler.from_pretrained(BUNDLED / "mini-lcm-full")
+    pipeline.set_progress_bar_config(disable=True)
+    assert_draws_things_and_backgrounds(pipeline, reference, steps=4, guidance=3)
 
 
 PAIRS = [

@@ -6,7 +6,7 @@ Each stage writes a folder of its own below `out`, goes on where it was interrup
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from transformers import CLIPTokenizer
 
 from models.training import add
+from models.training.entries import lcm_lora_entry, save_table
 from models.training.errors import TrainingError
 from models.training.exporting import copy_unet
-from models.training.features import load_classifier
+from models.training.features import TeacherFeatures
 from models.training.lcm import Distiller, FullStudent, LcmSettings, LoraStudent, save_lora
 from models.training.mini import autoencoder
 from models.training.mini.export import BUNDLED, export_lora, export_pipeline, export_tiny, export_unet, shipment
@@ -41,8 +42,10 @@ NUM_PICTURES = 80_000
 BATCH = 48
 LORA_RANK = 12
 TURBO_RANK = 16
-SOLVER_TIMESTEPS = 20
 GUIDANCE = 3.0  # of the teachers, where they draw best
+LCM = LcmSettings(solver_timesteps=20, min_guidance=GUIDANCE, max_guidance=GUIDANCE)
+LCM_XL = LcmSettings(solver_timesteps=10, min_guidance=GUIDANCE, max_guidance=GUIDANCE, huber=0.03)
+LCM_FULL = replace(LCM_XL, min_guidance=2.0, max_guidance=5.0)
 TEACHERS: dict[Layout, str] = {"sd": "teacher", "sdxl": "teacher-xl"}
 PIPELINES = {"teacher": "mini-sd", "teacher-xl": "mini-sdxl"}  # by stage, as they ship
 LORAS = {"lcm": "mini-lcm-lora", "turbo": "mini-turbo-lora", **{style: f"mini-{style}" for style in STYLES}}
@@ -69,6 +72,7 @@ class Recipe:
             "lcm": self.lcm,
             "teacher-xl": self.teacher_xl,
             "lcm-full": self.lcm_full,
+            "lcm-xl": self.lcm_xl,
             "features": self.features,
             "turbo": self.turbo,
             "styles": self.styles,
@@ -124,25 +128,29 @@ class Recipe:
 
     def lcm(self) -> None:
         """The LCM-LoRA of the teacher in SD's layout, with its guidance."""
-        teacher, folder = self._open("sd"), self.out / "lcm"
-        torch.manual_seed(2)
-        student = LoraStudent(teacher.load_unet(CPU, torch.float32), LORA_RANK)
-        self._distill(teacher, student, folder, (GUIDANCE, GUIDANCE), self._settings(800, 4e-4, ema_decay=0.95, seed=2))
-        save_lora(student.unet, folder)
-        _lcm_scheduler(teacher).save_pretrained(folder)
+        self._lcm_lora("sd", self.out / "lcm", LORA_RANK, self._settings(800, 4e-4, ema_decay=0.95, seed=2), LCM)
 
     def lcm_full(self) -> None:
-        """A full LCM of the teacher in SDXL's layout, which reads the guidance scale, 1 to 4. It ships as a UNet alone,
-        as SDXL's full LCM does: the rest is the teacher's."""
+        """A full LCM of the teacher in SDXL's layout, which reads the guidance scale. It ships as a UNet alone, as
+        SDXL's full LCM does: the rest is the teacher's."""
         teacher, folder = self._open("sdxl"), self.out / "lcm-full"
         torch.manual_seed(3)
         student = FullStudent(teacher.load_unet(CPU, torch.float32), torch.float32)
-        self._distill(teacher, student, folder, (1.0, 4.0), self._settings(3300, 2e-4, ema_decay=0.95, seed=3))
+        self._distill(teacher, student, folder, self._settings(1200, 3e-4, ema_decay=0.95, seed=3), LCM_FULL)
         copy_unet(student.unet, torch.float32).save_pretrained(folder / "model")
-        _lcm_scheduler(teacher).save_pretrained(folder / "model")
+        _lcm_scheduler(teacher, LCM_FULL).save_pretrained(folder / "model")
+
+    def lcm_xl(self) -> None:
+        """An LCM-LoRA of the teacher in SDXL's layout, with an entry to serve it. Turbo goes on from it; it doesn't
+        ship."""
+        folder, settings = self.out / "lcm-xl", self._settings(900, 5e-4, ema_decay=0.95, seed=3)
+        self._lcm_lora("sdxl", folder, TURBO_RANK, settings, LCM_XL)
+        teacher = self._open("sdxl")
+        entry = lcm_lora_entry(teacher, teacher.default_size, folder, LCM_XL.solver_timesteps)
+        save_table("mini-lcm-xl", entry, folder)
 
     def features(self) -> None:
-        """The classifier of latents that Turbo's discriminator looks through."""
+        """A classifier of latents. Turbo's discriminator can look through it instead of through the teacher."""
         settings = self._settings(2000, 1e-3, save_every=500)
         accuracy = train_classifier(
             LatentCache.load(self.out / "latents"), self.vocabulary, self.out / "features", settings
@@ -152,18 +160,21 @@ class Recipe:
     def turbo(self) -> None:
         """Turbo as a LoRA of the teacher in SDXL's layout: a further whole network would be too large to ship."""
         teacher, folder = self._open("sdxl"), self.out / "turbo"
-        scheduler, settings = add.build_scheduler(teacher), add.AddSettings(guidance=GUIDANCE)
+        scheduler = add.build_scheduler(teacher)
+        settings = add.AddSettings(distillation=6.0, guidance=GUIDANCE, heads_rate=2e-3)
         encoders = teacher.load_encoders(CPU)
         torch.manual_seed(4)
-        student = LoraStudent(teacher.load_unet(CPU, torch.float32), TURBO_RANK)
+        student = LoraStudent(teacher.load_unet(CPU, torch.float32), TURBO_RANK, start=self.out / "lcm-xl")
+        with student.teacher() as frozen:
+            features = TeacherFeatures(frozen, teacher.build_diffusion(CPU), Compute())
         distiller = add.AddDistiller(
             student,
-            load_classifier(self.out / "features", Compute()),
+            features,
             teacher.build_diffusion(CPU),
             add.student_timesteps(scheduler, settings.student_timesteps),
             PaintedBatches(self._data(encoders.tokenizers[0]), encoders),
             folder,
-            self._settings(1800, 2e-4, ema_decay=0.99, save_every=300, seed=4),
+            self._settings(1000, 2e-4, ema_decay=0.98, save_every=200, seed=4),
             settings,
         )
 
@@ -215,18 +226,25 @@ class Recipe:
     def _open(self, layout: Layout) -> Teacher:
         return open_teacher(str(self.out / TEACHERS[layout] / "model"), {})
 
+    def _lcm_lora(self, layout: Layout, folder: Path, rank: int, settings: TrainSettings, lcm: LcmSettings) -> None:
+        teacher = self._open(layout)
+        torch.manual_seed(settings.seed)
+        student = LoraStudent(teacher.load_unet(CPU, torch.float32), rank)
+        self._distill(teacher, student, folder, settings, lcm)
+        save_lora(student.unet, folder)
+        _lcm_scheduler(teacher, lcm).save_pretrained(folder)
+
     def _distill(
         self,
         teacher: Teacher,
         student: LoraStudent | FullStudent,
         folder: Path,
-        guidance: tuple[float, float],
         settings: TrainSettings,
+        lcm: LcmSettings,
     ) -> None:
         """At the end the student has its averaged weights."""
         encoders = teacher.load_encoders(CPU)
         batches = PaintedBatches(self._data(encoders.tokenizers[0]), encoders)
-        lcm = LcmSettings(SOLVER_TIMESTEPS, *guidance)
         distiller = Distiller(student, teacher.build_diffusion(CPU), batches, folder, settings, lcm)
         distiller.distill(lambda: None)
         distiller.trainer.keep_average()
@@ -238,5 +256,5 @@ class Recipe:
         return max(1, round(number * self.share))
 
 
-def _lcm_scheduler(teacher: Teacher) -> Any:
-    return teacher.build_scheduler(LCMScheduler, original_inference_steps=SOLVER_TIMESTEPS)
+def _lcm_scheduler(teacher: Teacher, lcm: LcmSettings) -> Any:
+    return teacher.build_scheduler(LCMScheduler, original_inference_steps=lcm.solver_timesteps)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from models.training.errors import TrainingError
 from models.training.mini.export import CARDS
-from models.training.mini.recipe import Recipe
+from models.training.mini.recipe import LCM, LCM_FULL, Recipe
 from models.training.mini.vocabulary import Vocabulary
 
 
@@ -85,9 +85,9 @@ def test_each_lora_that_ships_loads_in_diffusers(recipe: Recipe, name: str) -> N
 
 
 def test_the_scheduler_says_with_how_many_timesteps_it_was_distilled(recipe: Recipe) -> None:
-    for name in ("mini-lcm-lora", "mini-lcm-full"):
+    for name, lcm in (("mini-lcm-lora", LCM), ("mini-lcm-full", LCM_FULL)):
         config = LCMScheduler.from_pretrained(recipe.bundled / name).config
-        assert (config.original_inference_steps, config.prediction_type) == (20, "v_prediction")
+        assert (config.original_inference_steps, config.prediction_type) == (lcm.solver_timesteps, "v_prediction")
 
 
 def test_turbos_scheduler_ends_at_the_last_timesteps_of_training(recipe: Recipe) -> None:
@@ -120,7 +120,7 @@ def test_stages_that_are_done_do_nothing(recipe: Recipe) -> None:
     written = {path: path.stat().st_mtime_ns for path in files}
     # Autoencoders; latents of the world and of two styles; a teacher and its warm-up; another; LCMs; features, Turbo;
     # styles.
-    assert len(written) == 2 + 3 + 2 + 1 + 2 + 2 + 2
+    assert len(written) == 2 + 3 + 2 + 1 + 3 + 2 + 2
     for name in ("latents", "teacher", "lcm", "styles"):
         recipe.stages[name]()
     assert {path: path.stat().st_mtime_ns for path in files} == written
