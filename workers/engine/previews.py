@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from broker.messages import SizeCosts, cost_at
 from workers.engine.request import RequestState
 
-# Of the steps' time that may go into decoding previews. What is done around it comes on top: 15 % in all.
-SHARE = 0.13
+# Of the steps' time that may go into decoding previews. What is done around it comes on top: at most 15 % in all.
+SHARE = 0.115
 
 
 class PreviewBudget:
