@@ -100,6 +100,9 @@ def lcm(
         tuple[float, float],
         typer.Option(metavar="LOW HIGH", help="Guidance scales of the teacher to learn; twice the same for one."),
     ] = (3.0, 15.0),
+    huber: Annotated[
+        float, typer.Option(min=1e-6, help="Difference up to which the loss is square; it is straight beyond.")
+    ] = 1e-3,
     ema_decay: EmaDecayOption = 0.95,
     caption_dropout: DropoutOption = 0.1,
     seed: SeedOption = 0,
@@ -124,7 +127,7 @@ def lcm(
     hush_libraries()  # before anything of them is imported that prints
     from commands.lcm import LcmOptions, distill_lcm
 
-    distill_lcm(_options(locals()), LcmOptions(full, rank, solver_timesteps, guidance))
+    distill_lcm(_options(locals()), LcmOptions(full, rank, solver_timesteps, guidance, huber))
 
 
 @distill_app.command()

@@ -26,6 +26,7 @@ class LcmOptions:
     rank: int | None
     solver_timesteps: int
     guidance: tuple[float, float]
+    huber: float
 
     def check(self) -> None:
         """Raises TrainingError."""
@@ -52,7 +53,7 @@ def distill_lcm(options: Options, own: LcmOptions) -> None:
             batches,
             options.out,
             session.train_settings(FULL_RATE if rank is None else LORA_RATE),
-            LcmSettings(own.solver_timesteps, *own.guidance),
+            LcmSettings(own.solver_timesteps, *own.guidance, own.huber),
             compute,
             {**session.identity, "rank": rank},
         )

@@ -60,7 +60,7 @@ COMMON: dict[str, Any] = {
     "name": None,
 }
 OWN: dict[Program, dict[str, Any]] = {
-    "lcm": {"full": False, "rank": 4, "solver_timesteps": 50, "guidance": (3.0, 15.0)},
+    "lcm": {"full": False, "rank": 4, "solver_timesteps": 50, "guidance": (3.0, 15.0), "huber": 1e-3},
     "turbo": {"features": "teacher", "lora": None, "lora_only": None, "start": None, "half": True},
 }
 
@@ -140,6 +140,15 @@ def run(program: Program, root: Path, out: Path, teacher: str, *more: str) -> st
 )
 def test_an_lcm_is_served(root: Path, tmp_path: Path, teacher: str, more: tuple[str, ...]) -> None:
     run("lcm", root, tmp_path / "my-lcm", teacher, *more)
+
+
+@pytest.mark.parametrize(("solver_timesteps", "columns"), [(1, 1), (2, 2), (3, 2)])
+def test_an_lcm_of_few_timesteps_is_sampled_at_no_more(
+    root: Path, tmp_path: Path, solver_timesteps: int, columns: int
+) -> None:
+    distil("lcm", root, tmp_path, solver_timesteps=solver_timesteps, prompts=["a red apple"])
+    with Image.open(tmp_path / "training" / "samples" / "step-000004.png") as sheet:
+        assert sheet.width == 32 * columns
 
 
 def test_a_whole_turbo_and_its_lora_are_served(root: Path, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ class SampleSheet:
         self._teacher: Teacher = encoders.teacher
         self._conditions: Conditions = encoders.encode_captions(prompts)
         self._scheduler, self._guidance_scale = scheduler, guidance_scale
+        most = scheduler.config.get("original_inference_steps", max(STEPS))  # an LCM's, that is as many as it learns
+        self._steps = [steps for steps in STEPS if steps <= most]
 
     def save(self, unet: Any, compute: Compute, path: Path) -> None:
         """Write the sheet of the network as it is now."""
@@ -36,7 +38,7 @@ class SampleSheet:
     def draw(self, unet: Any, compute: Compute) -> Image.Image:
         pipe = self._build_pipeline(unet, compute.device)
         with compute.autocast():
-            columns = [self._draw_column(pipe, steps, compute.device) for steps in STEPS]
+            columns = [self._draw_column(pipe, steps, compute.device) for steps in self._steps]
         return self._compose(columns)
 
     def _build_pipeline(self, unet: Any, device: torch.device) -> Any:
@@ -66,7 +68,7 @@ class SampleSheet:
     def _compose(self, columns: Sequence[Sequence[Image.Image]]) -> Image.Image:
         width, height = self.size
         sheet = Image.new("RGB", (width * len(columns), HEAD + height * len(self.prompts)), "white")
-        for column, (steps, images) in enumerate(zip(STEPS, columns, strict=True)):
+        for column, (steps, images) in enumerate(zip(self._steps, columns, strict=True)):
             ImageDraw.Draw(sheet).text((column * width + 2, 2), f"{steps} step{'s' if steps > 1 else ''}", "black")
             for row, image in enumerate(images):
                 sheet.paste(image, (column * width, HEAD + row * height))
