@@ -57,7 +57,7 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model, so that the limits in the document are exact."""
     path = tmp_path_factory.mktemp("catalog") / "catalog.toml"
     text = CATALOG_PATH.read_text(encoding="utf-8")
-    path.write_text(text[: text.index("\n[sd15-lcm]")], encoding="utf-8")
+    path.write_text(text[: text.index("\n[mini-lcm-full]")], encoding="utf-8")
     return path
 
 
