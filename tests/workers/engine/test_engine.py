@@ -247,8 +247,8 @@ def previews_per_step(engine: Engine, num_steps: int) -> list[int]:
 
 
 def test_previews_take_no_more_than_their_share_of_a_step(engine: Engine) -> None:
-    """A step of 8 rows takes 40 ms, so 5.2 ms of previews fit: four of them at 1.25 ms each."""
-    engine.runners["small"].warm_model = make_warm(preview_ms={1: 1.25, 8: 10.0})
+    """A step of 8 rows takes 40 ms, so 4.6 ms of previews fit: four of them at 1.1 ms each."""
+    engine.runners["small"].warm_model = make_warm(preview_ms={1: 1.1, 8: 8.8})
     for number in range(8):
         engine.add(make_delivery(str(number), previews=True, num_inference_steps=5))
     assert previews_per_step(engine, 4) == [4, 4, 4, 4]
@@ -257,7 +257,7 @@ def test_previews_take_no_more_than_their_share_of_a_step(engine: Engine) -> Non
 
 
 def test_a_preview_that_costs_more_than_a_steps_share_comes_less_often(engine: Engine) -> None:
-    engine.runners["small"].warm_model = make_warm(step_ms={1: 10.0}, preview_ms={1: 3.8})
+    engine.runners["small"].warm_model = make_warm(step_ms={1: 10.0}, preview_ms={1: 3.4})
     engine.add(make_delivery(previews=True, num_inference_steps=8))
     assert previews_per_step(engine, 7) == [0, 0, 1, 0, 0, 1, 0]
 
@@ -282,7 +282,7 @@ def test_each_preview_is_of_its_own_request_whoever_has_the_turn(engine: Engine)
 
 
 def test_what_is_saved_for_a_grid_is_not_spent_at_once_by_others(engine: Engine) -> None:
-    """A step earns 1.8 ms; the grid needs 4 ms. What it had saved when it left is not there for the others."""
+    """A step earns 1.6 ms; the grid needs 4 ms. What it had saved when it left is not there for the others."""
     engine.runners["small"].warm_model = make_warm(step_ms={1: 14.0, 8: 14.0}, preview_ms={1: 1.0, 4: 4.0})
     engine.add(make_delivery("grid", previews=True, num_images=4, num_inference_steps=10))
     assert previews_per_step(engine, 1) == [0]
