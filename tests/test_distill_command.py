@@ -172,8 +172,8 @@ def test_a_turbo_lora_alone_is_trained_through_a_classifiers_features_and_served
     assert {tensor.dtype for tensor in load_file(out / LORA_FILE).values()} == {torch.float32}
 
 
-def test_a_turbo_lora_goes_on_from_an_lcm_lora(root: Path, tmp_path: Path) -> None:
-    """With a rate of next to nothing it ends where it began."""
+def test_a_turbo_lora_goes_on_from_an_lcm_lora(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a rate of next to nothing it ends where it began. From another start it is another run."""
     lcm, out = tmp_path / "lcm", tmp_path / "turbo"
     distil("lcm", root, lcm, rate=0.1)
     distil("turbo", root, out, lora_only=4, start=lcm, half=False, rate=1e-9)
@@ -181,6 +181,8 @@ def test_a_turbo_lora_goes_on_from_an_lcm_lora(root: Path, tmp_path: Path) -> No
     assert begun.keys() == ended.keys()
     assert all(torch.allclose(weight.float(), ended[name], atol=1e-6) for name, weight in begun.items())
     assert any(weight.abs().max() > 0.01 for name, weight in begun.items() if "lora_B" in name)
+    with one_line(capsys, "was written with start = ", "and now it is None"):
+        distil("turbo", root, out, lora_only=4, half=False, rate=1e-9)
 
 
 @pytest.mark.parametrize(("program", "written"), [("lcm", LORA_FILE), ("turbo", "model_index.json")])

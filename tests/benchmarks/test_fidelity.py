@@ -10,6 +10,21 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.shared.painting import GAP, LABEL_WIDTH
+from models.training.entries import lcm_rules, write_table
+
+ENTRY = {
+    "description": "the bundled model, of two steps at most",
+    "family": "sd",
+    "source": "bundled:mini-sd",
+    "variant": "fp16",
+    "license": "Apache-2.0",
+    "sizes": [[64, 64]],
+    "warm_sizes": [[64, 64]],
+    "guidance_scale": {"default": 0.0, "min": 0.0, "max": 2.0},
+    "lora": {"source": "bundled:mini-lcm-lora"},
+    **lcm_rules(20),
+    "num_inference_steps": {"default": 2, "min": 1, "max": 2},
+}
 
 
 def test_every_row_of_a_question_is_judged(tmp_path: Path) -> None:
@@ -28,6 +43,18 @@ def test_every_row_of_a_question_is_judged(tmp_path: Path) -> None:
     assert (tmp_path / "painted.webp").exists()
     with Image.open(tmp_path / "gallery.webp") as gallery:
         assert gallery.size == (LABEL_WIDTH + 8 * 64, 3 * 64 + 2 * GAP)
+
+
+def test_the_models_of_another_catalog_are_judged_alone(tmp_path: Path) -> None:
+    report, catalog = tmp_path / "report.json", tmp_path / "catalog.toml"
+    catalog.write_text(write_table("mine", ENTRY), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.fidelity", "--prompts", "4", "--json", str(report)]
+    command += ["--questions", "--extra-catalog", str(catalog)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180).stdout
+    assert report.exists(), output
+    _, _, *drawn = json.loads(report.read_text())["rows"]
+    assert [row["pictures"] for row in drawn] == ["mine, lcm, 1 step, guidance 0", "mine, lcm, 2 steps, guidance 0"]
+    assert drawn[1]["object"]["right"] >= 2
 
 
 def test_a_style_is_judged_with_and_without(tmp_path: Path) -> None:

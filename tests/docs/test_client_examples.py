@@ -14,6 +14,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.xdist_group("service")
 REPOSITORY = Path(__file__).resolve().parents[2]
+ENDS = ("gave way to newer words", "after step 4 of 4")
 EXAMPLES = REPOSITORY / "docs" / "examples"
 SERVICE = "http://127.0.0.1:8000"
 
@@ -40,6 +41,8 @@ def python_blocks(page: str) -> list[str]:
 
 def test_live_client(service_url: str, tmp_path: Path) -> None:
     output = run(EXAMPLES / "live_client.py", service_url, folder=tmp_path)
+    gave_way, drawn = (set(re.findall(rf"^('.*') {what}$", output, re.MULTILINE)) for what in ENDS)
+    assert len(gave_way | drawn) == len("a red apple on a blue background"), "each change is drawn, or newer words are"
     assert "'a red apple on a blue background' after step 4 of 4" in output
     assert output.splitlines()[-1].startswith("refined, in ")
     assert sizes(tmp_path) == {"apple.jpeg": (64, 64)}

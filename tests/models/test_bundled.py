@@ -17,6 +17,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from models.catalog import load_catalog
 from models.training.mini.dataset import Pixels
 from models.training.mini.export import CARDS
 from models.training.mini.recognizer import ColorNamer, Recognizer, look_distance
@@ -58,7 +59,7 @@ def generate(pipeline: DiffusionPipeline, prompts: list[str], steps: int = 4, gu
 
 
 def assert_draws_things_and_backgrounds(
-    pipeline: DiffusionPipeline, reference: Reference, steps: int, guidance: float
+    pipeline: DiffusionPipeline, reference: Reference, steps: int, guidance: float, least: float = 0.9
 ) -> None:
     pictures = generate(pipeline, [f"a {name} on a {color} background" for name, color in PROMPTS], steps, guidance)
     recognizer, namer = Recognizer(reference.drawings), ColorNamer(list(reference.colors.values()))
@@ -68,8 +69,8 @@ def assert_draws_things_and_backgrounds(
         thing is not None and name in reference.names[thing] for thing, (name, _) in zip(things, PROMPTS, strict=True)
     ]
     right_colors = [colors[namer.name(picture)] == color for picture, (_, color) in zip(pictures, PROMPTS, strict=True)]
-    assert right_things.count(False) <= 3
-    assert right_colors.count(False) <= 1
+    assert np.mean(right_things) >= least
+    assert np.mean(right_colors) >= 0.95
 
 
 def test_four_steps_draw_the_thing_and_the_background(pipeline: StableDiffusionPipeline, reference: Reference) -> None:
@@ -87,7 +88,7 @@ def test_the_full_lcm_does_so_with_guidance_as_an_input(reference: Reference) ->
     pipeline = StableDiffusionXLPipeline.from_pretrained(BUNDLED / "mini-sdxl", unet=unet, **HALF)
     pipeline.scheduler = LCMScheduler.from_pretrained(BUNDLED / "mini-lcm-full")
     pipeline.set_progress_bar_config(disable=True)
-    assert_draws_things_and_backgrounds(pipeline, reference, steps=4, guidance=3)
+    assert_draws_things_and_backgrounds(pipeline, reference, steps=4, guidance=3, least=0.85)
 
 
 PAIRS = [
@@ -170,10 +171,12 @@ def test_loading_and_fusing_warns_of_nothing() -> None:
     assert {parameter.dtype for parameter in pipeline.text_encoder.parameters()} == {torch.float32}
 
 
-def test_the_scheduler_ships_with_the_lora() -> None:
-    config = json.loads((BUNDLED / "mini-lcm-lora" / "scheduler_config.json").read_text())
-    assert config["_class_name"] == "LCMScheduler"
-    assert config["original_inference_steps"] == 20
+@pytest.mark.parametrize(("folder", "model"), [("mini-lcm-lora", "mini-lcm"), ("mini-lcm-full", "mini-lcm-full")])
+def test_the_scheduler_that_ships_is_the_catalogs(folder: str, model: str) -> None:
+    config, spec = json.loads((BUNDLED / folder / "scheduler_config.json").read_text()), load_catalog()[model]
+    assert config["_class_name"] == spec.schedulers["lcm"].class_name == "LCMScheduler"
+    assert config["original_inference_steps"] == spec.schedulers["lcm"].config["original_inference_steps"]
+    assert config["original_inference_steps"] == spec.num_inference_steps.max
     assert config["prediction_type"] == "v_prediction"
     assert config["rescale_betas_zero_snr"] is True
 
