@@ -79,6 +79,7 @@ def distill_turbo(options: Options, own: TurboOptions, settings: AddSettings) ->
 
 
 def _fingerprint_of_start(own: TurboOptions) -> str | None:
+    """Raises TrainingError where nothing can start so."""
     if own.start is None:
         return None
     if own.lora_only is None:

@@ -27,7 +27,7 @@ class SampleSheet:
         self._teacher: Teacher = encoders.teacher
         self._conditions: Conditions = encoders.encode_captions(prompts)
         self._scheduler, self._guidance_scale = scheduler, guidance_scale
-        most = scheduler.config.get("original_inference_steps", max(STEPS))  # an LCM's, that is as many as it learns
+        most = scheduler.config.get("original_inference_steps", max(STEPS))  # an LCM learns no further ones
         self._steps = [steps for steps in STEPS if steps <= most]
 
     def save(self, unet: Any, compute: Compute, path: Path) -> None:

@@ -17,7 +17,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from transformers import CLIPTokenizer
 
 from models.training import add
-from models.training.entries import lcm_lora_entry, save_table
+from models.training.entries import lcm_lora_entry, save_table, turbo_lora_entry
 from models.training.errors import TrainingError
 from models.training.exporting import copy_unet
 from models.training.features import TeacherFeatures
@@ -128,7 +128,8 @@ class Recipe:
 
     def lcm(self) -> None:
         """The LCM-LoRA of the teacher in SD's layout, with its guidance."""
-        self._lcm_lora("sd", self.out / "lcm", LORA_RANK, self._settings(800, 4e-4, ema_decay=0.95, seed=2), LCM)
+        settings = self._settings(800, 4e-4, ema_decay=0.95, seed=2)
+        self._lcm_lora(self._open("sd"), self.out / "lcm", LORA_RANK, settings, LCM)
 
     def lcm_full(self) -> None:
         """A full LCM of the teacher in SDXL's layout, which reads the guidance scale. It ships as a UNet alone, as
@@ -143,9 +144,9 @@ class Recipe:
     def lcm_xl(self) -> None:
         """An LCM-LoRA of the teacher in SDXL's layout, with an entry to serve it. Turbo goes on from it; it doesn't
         ship."""
-        folder, settings = self.out / "lcm-xl", self._settings(900, 5e-4, ema_decay=0.95, seed=3)
-        self._lcm_lora("sdxl", folder, TURBO_RANK, settings, LCM_XL)
-        teacher = self._open("sdxl")
+        teacher, folder = self._open("sdxl"), self.out / "lcm-xl"
+        settings = self._settings(900, 5e-4, ema_decay=0.95, seed=3)
+        self._lcm_lora(teacher, folder, TURBO_RANK, settings, LCM_XL)
         entry = lcm_lora_entry(teacher, teacher.default_size, folder, LCM_XL.solver_timesteps)
         save_table("mini-lcm-xl", entry, folder)
 
@@ -183,6 +184,8 @@ class Recipe:
             scheduler.save_pretrained(folder)
 
         distiller.distill(save)
+        entry = turbo_lora_entry(teacher, teacher.default_size, folder, settings.student_timesteps)
+        save_table("mini-turbo", entry, folder)
 
     def styles(self) -> None:
         """A style LoRA for the teacher in SD's layout for each program of `restyling`."""
@@ -226,8 +229,7 @@ class Recipe:
     def _open(self, layout: Layout) -> Teacher:
         return open_teacher(str(self.out / TEACHERS[layout] / "model"), {})
 
-    def _lcm_lora(self, layout: Layout, folder: Path, rank: int, settings: TrainSettings, lcm: LcmSettings) -> None:
-        teacher = self._open(layout)
+    def _lcm_lora(self, teacher: Teacher, folder: Path, rank: int, settings: TrainSettings, lcm: LcmSettings) -> None:
         torch.manual_seed(settings.seed)
         student = LoraStudent(teacher.load_unet(CPU, torch.float32), rank)
         self._distill(teacher, student, folder, settings, lcm)
