@@ -197,7 +197,7 @@ def test_in_bfloat16_a_picture_hardly_depends_on_who_shares_the_batch(spec: Mode
 
 
 def test_the_bundled_model_in_bfloat16_stays_near_diffusers() -> None:
-    """The default format of CPUs that have it. The benchmark's eight prompts are further off at single pixels."""
+    """The default format of CPUs that have it. Other prompts are further off: see docs/performance.md."""
     spec = get_spec(load_catalog(), "mini-lcm")
     cpu, prompts = torch.device("cpu"), ["a red apple on a blue background", "a fox on a green background", "a panda"]
     all_params = [
