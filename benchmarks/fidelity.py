@@ -43,7 +43,7 @@ from benchmarks.shared.painting import (
 from benchmarks.shared.report import print_table, write_between, write_report
 from models.catalog import BUNDLED_PATH, load_catalog
 from models.training.mini.dataset import Composer, Pixels
-from models.training.mini.judging import Case, CaseMaker, Judge, Kind, Verdict, check_reference, wilson
+from models.training.mini.judging import CASE_SEED, Case, CaseMaker, Judge, Kind, Verdict, check_reference, wilson
 from models.training.mini.recognizer import sharpness
 from models.training.mini.reference import load_reference
 from models.training.mini.vocabulary import load_vocabulary
@@ -86,8 +86,17 @@ def decoder_question() -> list[Setting]:
 
 def full_question() -> list[Setting]:
     """The full LCM by steps and by guidance scale, which its network reads."""
-    by_steps = [Setting("mini-lcm-full", "lcm", steps, 3) for steps in (1, 2, 4, 8)]
-    return [*by_steps, *(Setting("mini-lcm-full", "lcm", 4, guidance) for guidance in (2, 4, 5))]
+    by_steps = [Setting("mini-lcm-full", "lcm", steps, guidance) for guidance in (3, 5) for steps in (1, 2, 4, 8)]
+    return [*by_steps, *(Setting("mini-lcm-full", "lcm", 4, guidance) for guidance in (2, 4))]
+
+
+def turbo_question() -> list[Setting]:
+    """Turbo by steps; its teacher at its best, and by the same solver without the LoRA."""
+    best = Setting(TEACHER_XL, TEACHER_SCHEDULER, TEACHER_STEPS, TEACHER_GUIDANCE)
+    turbo, teacher = (
+        [Setting(model, "euler-ancestral", steps, 0) for steps in (1, 2, 4)] for model in ("mini-turbo", TEACHER_XL)
+    )
+    return [*turbo, best, *teacher]
 
 
 def own_question(extra: Path) -> list[Setting]:
@@ -110,6 +119,7 @@ QUESTIONS: dict[str, Callable[[], list[Setting]]] = {
     "decoder": decoder_question,
     "control-xl": lambda: control_question(TEACHER_XL),
     "full": full_question,
+    "turbo": turbo_question,
 }
 
 
@@ -118,13 +128,14 @@ def main() -> None:
     parser.add_argument("--questions", nargs="*", choices=list(QUESTIONS), default=list(QUESTIONS))
     parser.add_argument("--extra-catalog", type=Path, help="a catalog file whose models are measured too")
     parser.add_argument("--prompts", type=int, default=100, help="of each kind (objects, shapes, recoloured, pairs)")
+    parser.add_argument("--seed", type=int, default=CASE_SEED, help="another one draws other prompts")
     parser.add_argument("--card", type=Path, help="text whose table to replace, such as a model card")
     parser.add_argument("--sheets", type=Path, help="folder for a sheet of pictures per row")
     parser.add_argument("--gallery", type=Path, help="one picture, with a line of pictures per row")
     parser.add_argument("--json", type=Path, default=REPOSITORY / "runs" / "benchmark-fidelity.json")
     options = parser.parse_args()
     hush_libraries()
-    bench = Bench(options.prompts, options.sheets, options.extra_catalog)
+    bench = Bench(options.prompts, options.sheets, options.extra_catalog, options.seed)
     settings = dict.fromkeys(setting for question in options.questions for setting in QUESTIONS[question]())
     if options.extra_catalog is not None:
         settings |= dict.fromkeys(own_question(options.extra_catalog))
@@ -170,11 +181,13 @@ class Row:
 class Bench:
     """The prompts, the judge and the painter."""
 
-    def __init__(self, prompts: int, sheets: Path | None = None, extra_catalog: Path | None = None) -> None:
+    def __init__(
+        self, prompts: int, sheets: Path | None = None, extra_catalog: Path | None = None, seed: int = CASE_SEED
+    ) -> None:
         self.vocabulary, reference = load_vocabulary(), load_reference(BUNDLED_PATH / "mini-sd" / "reference")
         check_reference(reference, self.vocabulary)
         self.drawings = reference.drawings
-        self.cases = CaseMaker(self.vocabulary, self.drawings).cases(prompts)
+        self.cases = CaseMaker(self.vocabulary, self.drawings, seed).cases(prompts)
         self.judge = Judge(self.vocabulary, self.drawings)
         self.painter = Painter(extra_catalog)
         self.sheets = sheets

@@ -161,6 +161,10 @@ def turbo(
     guidance: Annotated[
         float, typer.Option(min=1.0, help="Guidance scale of the teacher that is learnt; 1 is none.")
     ] = 3.0,
+    noise_share: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of pictures begun with noise alone; by default an even one."),
+    ] = None,
     distillation: Annotated[
         float, typer.Option(min=0.0, help="Weight of the teacher's opinion beside the discriminator's.")
     ] = 2.5,
@@ -201,7 +205,7 @@ def turbo(
     from commands.turbo import TurboOptions, distill_turbo
     from models.training.add import AddSettings
 
-    settings = AddSettings(timesteps, distillation, guidance, r1, heads_rate)
+    settings = AddSettings(timesteps, distillation, guidance, r1, heads_rate, noise_share)
     distill_turbo(_options(locals()), TurboOptions(features, lora, lora_only, start, half), settings)
 
 

@@ -61,12 +61,13 @@ class Painter:
 
     def __init__(self, extra: Path | None = None) -> None:
         self._extra = extra
+        self._specs: dict[str, ModelSpec] = {}  # a catalog takes as long to read as a step to compute
         self._engines: dict[str, Engine] = {}
 
     def paint(self, setting: Setting, asked: Sequence[tuple[str, int]]) -> list[Pixels]:
         """A picture for each prompt and seed, in their order, drawn together as far as the engine's batches reach.
         Raises RuntimeError where one wasn't drawn."""
-        spec, engine = spec_of(setting.model, self._extra), self._engine(setting.model)
+        spec, engine = self._spec(setting.model), self._engine(setting.model)
         wishes = {
             "num_inference_steps": setting.steps,
             "guidance_scale": setting.guidance,
@@ -85,9 +86,14 @@ class Painter:
         finished.sort(key=lambda output: int(output.request.request_id))
         return [output.pixels[0] for output in finished]
 
+    def _spec(self, model: str) -> ModelSpec:
+        if model not in self._specs:
+            self._specs[model] = spec_of(model, self._extra)
+        return self._specs[model]
+
     def _engine(self, model: str) -> Engine:
         if model not in self._engines:
-            pipeline = load_pipeline(spec_of(model, self._extra), torch.device("cpu"), torch.float32)
+            pipeline = load_pipeline(self._spec(model), torch.device("cpu"), torch.float32)
             self._engines[model] = Engine({pipeline.spec.name: ModelRunner(pipeline)})
         return self._engines[model]
 

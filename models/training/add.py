@@ -36,14 +36,15 @@ HEADS_BETAS = (0.0, 0.99)
 @dataclass(frozen=True)
 class AddSettings:
     """What defines the distillation, by the paper's names: `distillation` is lambda, `r1` gamma. `heads_rate` is the
-    heads' learning rate, `guidance` that of the teacher, 1 for none."""
+    heads' learning rate, `guidance` that of the teacher, 1 for none. `noise_share` is the share of pictures that the
+    student begins with noise alone, at its first timestep; None for the paper's even draw."""
 
     student_timesteps: int = 4
     distillation: float = 2.5
     guidance: float = 3.0
     r1: float = 1e-5
     heads_rate: float = 1e-4
-    sees_original: bool = True
+    noise_share: float | None = None
 
 
 def build_scheduler(teacher: Teacher) -> Any:
@@ -64,6 +65,14 @@ def student_timesteps(scheduler: Any, count: int) -> list[int]:
     """The timesteps of `count` sampling steps, falling: what the student is trained at."""
     scheduler.set_timesteps(count)
     return [int(timestep) for timestep in scheduler.timesteps]
+
+
+def chances(count: int, noise_share: float | None) -> list[float]:
+    """How likely the student begins at each of its `count` timesteps: at the first one `noise_share`, at the others an
+    even part of the rest."""
+    if noise_share is None or count == 1:
+        return [1 / count] * count
+    return [noise_share, *[(1 - noise_share) / (count - 1)] * (count - 1)]
 
 
 class WholeStudent:
@@ -99,6 +108,7 @@ class Adversary:
         self.student, self.heads, self.features = student, heads, features
         self.diffusion, self.settings, self.compute = diffusion, settings, compute
         self.timesteps = torch.tensor(timesteps, device=compute.device)
+        self.chances = torch.tensor(chances(len(timesteps), settings.noise_share))
 
     def loss(self, batch: Batch, unconditional: Conditions) -> tuple[Tensor, dict[str, Tensor]]:
         """What to minimize, and its parts."""
@@ -118,7 +128,7 @@ class Adversary:
 
     def draw_starts(self, count: int) -> Tensor:
         """Which of its timesteps the student begins each picture at, `"b"`."""
-        picks = torch.randint(0, len(self.timesteps), (count,))
+        picks = torch.multinomial(self.chances, count, replacement=True)
         return self.timesteps[picks.to(self.timesteps.device)]
 
     def draw(self, batch: Batch, starts: Tensor) -> Tensor:
@@ -170,8 +180,7 @@ class Adversary:
         with torch.no_grad():
             real = self.features.extract(batch.latents, levels, batch.conditions)
             summary = self.features.summarize(batch.latents, batch.conditions)
-        seen = self.signal_seen(starts) * float(self.settings.sees_original)
-        condition = self.heads.condition(batch.conditions, summary, seen, levels)
+        condition = self.heads.condition(batch.conditions, summary, self.signal_seen(starts), levels)
         return Seen(real, self.features.extract(made, levels, batch.conditions), condition)
 
     def _heads_loss(self, seen: Seen) -> tuple[Tensor, Tensor]:

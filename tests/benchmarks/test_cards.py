@@ -18,6 +18,7 @@ SETTINGS = {
     "mini-sd": Setting("mini-lcm", "lcm", 4, 0),
     "mini-sdxl": Setting("mini-sdxl", "ddim", 8, 3),
     "mini-lcm-full": Setting("mini-lcm-full", "lcm", 4, 3),
+    "mini-turbo-lora": Setting("mini-turbo", "euler-ancestral", 1, 0),
 }
 """By the card that has the figures."""
 COLUMNS = ("object", "object_top5", "shape", "tinted", "pair", "background")

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
     LCMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -89,6 +90,15 @@ def test_the_full_lcm_does_so_with_guidance_as_an_input(reference: Reference) ->
     pipeline.scheduler = LCMScheduler.from_pretrained(BUNDLED / "mini-lcm-full")
     pipeline.set_progress_bar_config(disable=True)
     assert_draws_things_and_backgrounds(pipeline, reference, steps=4, guidance=3, least=0.85)
+
+
+def test_turbo_does_so_in_one_step(reference: Reference) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BUNDLED / "mini-sdxl", **HALF)
+    pipeline.load_lora_weights(BUNDLED / "mini-turbo-lora")
+    pipeline.fuse_lora()
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_pretrained(BUNDLED / "mini-turbo-lora")
+    pipeline.set_progress_bar_config(disable=True)
+    assert_draws_things_and_backgrounds(pipeline, reference, steps=1, guidance=0)
 
 
 PAIRS = [
@@ -184,7 +194,7 @@ def test_the_scheduler_that_ships_is_the_catalogs(folder: str, model: str) -> No
 def test_all_files_together_stay_under_forty_megabytes() -> None:
     sizes = [path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()]
     assert sum(sizes) < 40_000_000
-    assert {folder.name for folder in BUNDLED.iterdir()} <= {card.stem for card in CARDS.iterdir()}
+    assert {folder.name for folder in BUNDLED.iterdir()} == {card.stem for card in CARDS.iterdir()}
     assert all((folder / "README.md").exists() for folder in BUNDLED.iterdir())
 
 

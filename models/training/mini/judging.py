@@ -26,7 +26,8 @@ from models.training.mini.vocabulary import Vocabulary
 Kind = Literal["object", "shape", "tinted", "pair"]
 MIN_STANDING_OUT = 0.85
 NEAR = 5
-FIRST_SEED = 1000
+FIRST_SEED = 1000  # of the pictures
+CASE_SEED = 11
 
 Drawings = Sequence[Sequence[Image.Image]]
 
@@ -51,15 +52,15 @@ class Verdict:
 
 
 class CaseMaker:
-    """Draws prompts whose combination no training picture showed, always the same ones.
+    """Draws prompts whose combination no training picture showed; with the same `seed`, always the same ones.
 
     Backgrounds are named, and let at least 85 % of a thing's pixels stand out: what can't be seen can't be judged.
     """
 
-    def __init__(self, vocabulary: Vocabulary, drawings: Drawings) -> None:
+    def __init__(self, vocabulary: Vocabulary, drawings: Drawings, seed: int = CASE_SEED) -> None:
         self.vocabulary = vocabulary
         self.drawings = drawings
-        self.rng = random.Random(11)
+        self.rng = random.Random(seed)
 
     def cases(self, per_kind: int) -> list[Case]:
         """At most `per_kind` of each kind: objects, shapes, recoloured objects, and two things in a row or a column."""

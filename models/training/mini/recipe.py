@@ -41,11 +41,18 @@ from models.training.trainer import CPU, Compute, TrainSettings
 NUM_PICTURES = 80_000
 BATCH = 48
 LORA_RANK = 12
-TURBO_RANK = 16
-GUIDANCE = 3.0  # of the teachers, where they draw best
+TURBO_RANK = 20
+GUIDANCE = 3.0  # of the teacher in SD's layout, where it draws best
 LCM = LcmSettings(solver_timesteps=20, min_guidance=GUIDANCE, max_guidance=GUIDANCE)
-LCM_XL = LcmSettings(solver_timesteps=10, min_guidance=GUIDANCE, max_guidance=GUIDANCE, huber=0.03)
-LCM_FULL = replace(LCM_XL, min_guidance=2.0, max_guidance=5.0)
+LCM_XL = LcmSettings(solver_timesteps=10, min_guidance=5.0, max_guidance=5.0, huber=0.03)
+LCM_FULL = replace(LCM_XL, min_guidance=2.0)
+TURBO = add.AddSettings(guidance=8.0, heads_rate=2e-3)
+TURBO_RUNS = {
+    "turbo-1": (1000, replace(TURBO, distillation=8.0, noise_share=0.5)),
+    "turbo-2": (800, replace(TURBO, distillation=12.0, noise_share=0.6)),
+    "turbo": (700, replace(TURBO, distillation=16.0, noise_share=0.8)),
+}
+"""Folder, steps and settings. Each run goes on from the one before, with more weight on single step and teacher."""
 TEACHERS: dict[Layout, str] = {"sd": "teacher", "sdxl": "teacher-xl"}
 PIPELINES = {"teacher": "mini-sd", "teacher-xl": "mini-sdxl"}  # by stage, as they ship
 LORAS = {"lcm": "mini-lcm-lora", "turbo": "mini-turbo-lora", **{style: f"mini-{style}" for style in STYLES}}
@@ -145,7 +152,7 @@ class Recipe:
         """An LCM-LoRA of the teacher in SDXL's layout, with an entry to serve it. Turbo goes on from it; it doesn't
         ship."""
         teacher, folder = self._open("sdxl"), self.out / "lcm-xl"
-        settings = self._settings(900, 5e-4, ema_decay=0.95, seed=3)
+        settings = self._settings(1200, 5e-4, ema_decay=0.95, seed=3)
         self._lcm_lora(teacher, folder, TURBO_RANK, settings, LCM_XL)
         entry = lcm_lora_entry(teacher, teacher.default_size, folder, LCM_XL.solver_timesteps)
         save_table("mini-lcm-xl", entry, folder)
@@ -160,32 +167,12 @@ class Recipe:
 
     def turbo(self) -> None:
         """Turbo as a LoRA of the teacher in SDXL's layout: a further whole network would be too large to ship."""
-        teacher, folder = self._open("sdxl"), self.out / "turbo"
-        scheduler = add.build_scheduler(teacher)
-        settings = add.AddSettings(distillation=6.0, guidance=GUIDANCE, heads_rate=2e-3)
-        encoders = teacher.load_encoders(CPU)
-        torch.manual_seed(4)
-        student = LoraStudent(teacher.load_unet(CPU, torch.float32), TURBO_RANK, start=self.out / "lcm-xl")
-        with student.teacher() as frozen:
-            features = TeacherFeatures(frozen, teacher.build_diffusion(CPU), Compute())
-        distiller = add.AddDistiller(
-            student,
-            features,
-            teacher.build_diffusion(CPU),
-            add.student_timesteps(scheduler, settings.student_timesteps),
-            PaintedBatches(self._data(encoders.tokenizers[0]), encoders),
-            folder,
-            self._settings(1000, 2e-4, ema_decay=0.98, save_every=200, seed=4),
-            settings,
-        )
-
-        def save() -> None:
-            save_lora(student.unet, folder)
-            scheduler.save_pretrained(folder)
-
-        distiller.distill(save)
-        entry = turbo_lora_entry(teacher, teacher.default_size, folder, settings.student_timesteps)
-        save_table("mini-turbo", entry, folder)
+        teacher, start = self._open("sdxl"), self.out / "lcm-xl"
+        for name, (steps, settings) in TURBO_RUNS.items():
+            self._turbo_lora(teacher, start, self.out / name, steps, settings)
+            start = self.out / name
+        entry = turbo_lora_entry(teacher, teacher.default_size, start, TURBO.student_timesteps)
+        save_table("mini-turbo", entry, start)
 
     def styles(self) -> None:
         """A style LoRA for the teacher in SD's layout for each program of `restyling`."""
@@ -228,6 +215,29 @@ class Recipe:
 
     def _open(self, layout: Layout) -> Teacher:
         return open_teacher(str(self.out / TEACHERS[layout] / "model"), {})
+
+    def _turbo_lora(self, teacher: Teacher, start: Path, folder: Path, steps: int, settings: add.AddSettings) -> None:
+        scheduler, encoders = add.build_scheduler(teacher), teacher.load_encoders(CPU)
+        torch.manual_seed(4)
+        student = LoraStudent(teacher.load_unet(CPU, torch.float32), TURBO_RANK, start=start)
+        with student.teacher() as frozen:
+            features = TeacherFeatures(frozen, teacher.build_diffusion(CPU), Compute())
+        distiller = add.AddDistiller(
+            student,
+            features,
+            teacher.build_diffusion(CPU),
+            add.student_timesteps(scheduler, settings.student_timesteps),
+            PaintedBatches(self._data(encoders.tokenizers[0]), encoders),
+            folder,
+            self._settings(steps, 3e-4, ema_decay=0.98, save_every=200, seed=4),
+            settings,
+        )
+
+        def save() -> None:
+            save_lora(student.unet, folder)
+            scheduler.save_pretrained(folder)
+
+        distiller.distill(save)
 
     def _lcm_lora(self, teacher: Teacher, folder: Path, rank: int, settings: TrainSettings, lcm: LcmSettings) -> None:
         torch.manual_seed(settings.seed)

@@ -11,7 +11,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from torch import Tensor, nn
 
-from models.training.add import AddDistiller, AddSettings, build_scheduler, student_timesteps
+from models.training.add import AddDistiller, AddSettings, build_scheduler, chances, student_timesteps
 from models.training.entries import turbo_entry
 from models.training.errors import TeacherError
 from models.training.features import ClassifierFeatures, TeacherFeatures
@@ -69,6 +69,23 @@ def test_it_begins_at_the_last_timestep_as_the_sampler_does_and_else_with_a_nois
     assert torch.allclose(begun[0], first[0], atol=1e-5)
     noised = adversary.diffusion.add_noise(latents, drawn, torch.tensor([999, 499]))
     assert torch.equal(begun[1], noised[1])
+
+
+@pytest.mark.parametrize(
+    ("count", "noise_share", "expected"),
+    [(4, None, [0.25] * 4), (4, 0.4, [0.4, 0.2, 0.2, 0.2]), (2, 1.0, [1.0, 0.0]), (1, 0.4, [1.0])],
+)
+def test_a_share_of_the_pictures_begins_with_noise_alone(
+    count: int, noise_share: float | None, expected: list[float]
+) -> None:
+    assert chances(count, noise_share) == pytest.approx(expected)
+
+
+def test_starts_are_drawn_with_that_share(root: Path, tmp_path: Path) -> None:
+    adversary = make_add(root, tmp_path, "sd", "whole", add=AddSettings(noise_share=0.7)).adversary
+    starts = adversary.draw_starts(4000)
+    assert set(starts.tolist()) == {999, 749, 499, 249}
+    assert abs((starts == 999).float().mean().item() - 0.7) < 0.05
 
 
 def test_a_teacher_that_predicts_pictures_can_not_be_sampled_so(tmp_path: Path) -> None:

@@ -118,9 +118,9 @@ def test_going_on_from_finished_models_keeps_their_latents(recipe: Recipe, tmp_p
 def test_stages_that_are_done_do_nothing(recipe: Recipe) -> None:
     files = [*recipe.out.rglob("checkpoint.pt"), *recipe.out.rglob("latents.safetensors")]
     written = {path: path.stat().st_mtime_ns for path in files}
-    # Autoencoders; latents of the world and of two styles; a teacher and its warm-up; another; LCMs; features, Turbo;
+    # Autoencoders; latents of the world and of two styles; a teacher and its warm-up; another; LCMs; features; Turbo;
     # styles.
-    assert len(written) == 2 + 3 + 2 + 1 + 3 + 2 + 2
+    assert len(written) == 2 + 3 + 2 + 1 + 3 + 1 + 3 + 2
     for name in ("latents", "teacher", "lcm", "styles"):
         recipe.stages[name]()
     assert {path: path.stat().st_mtime_ns for path in files} == written
