@@ -109,11 +109,11 @@ class Peak:
     """The most bytes that tensors made inside it take at once, on the meta device too: `num_bytes`.
 
     Attention counts as one kernel, and kernels' own workspaces don't count. Not inside `torch.inference_mode`. With
-    `is_training` gradients are followed, and attention is the caller's to count.
+    `is_training` gradients are followed, attention is the caller's to choose a kernel for, and `flops` is counted.
     """
 
     def __init__(self, is_training: bool = False) -> None:
-        self.num_bytes = self._live = 0
+        self.num_bytes = self.flops = self._live = 0
         self._is_training = is_training
         self._modes = ExitStack()
 
@@ -145,6 +145,8 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            self._peak.flops += count(*args, **(kwargs or {}), out_val=output)
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(output):
             if storage._cdata not in given and storage not in self._known:

@@ -42,8 +42,7 @@ NUM_PICTURES = 80_000
 BATCH = 48
 LORA_RANK = 12
 TURBO_RANK = 20
-GUIDANCE = 3.0  # of the teacher in SD's layout, where it draws best
-LCM = LcmSettings(solver_timesteps=20, min_guidance=GUIDANCE, max_guidance=GUIDANCE)
+LCM = LcmSettings(solver_timesteps=20, min_guidance=3.0, max_guidance=3.0)  # where this teacher draws best
 LCM_XL = LcmSettings(solver_timesteps=10, min_guidance=5.0, max_guidance=5.0, huber=0.03)
 LCM_FULL = replace(LCM_XL, min_guidance=2.0)
 TURBO = add.AddSettings(guidance=8.0, heads_rate=2e-3)

@@ -1,8 +1,8 @@
-"""What adversarial distillation takes of a GPU's memory, counted on the real architectures without any GPU.
+"""What adversarial distillation takes of a GPU's memory and time, counted on the real architectures without any GPU.
 
-    python -m benchmarks.turbo_memory            # some minutes
+    python -m benchmarks.turbo_cost            # some minutes
 
-As `benchmarks.distill_memory` counts latent consistency distillation: *weights* with the heads', their averages and
+As `benchmarks.distill_cost` counts latent consistency distillation: *weights* with the heads', their averages and
 moments among them, and *step* with everything that student, frozen features and heads keep for their backward passes.
 Features are the teacher's own encoder, and compute in bfloat16; the heads compute in fp32.
 """
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import diffusers
 import torch
 
-from benchmarks.distill_memory import (
+from benchmarks.distill_cost import (
     TRAINED_BYTES,
     Autocast,
-    Memory,
+    Cost,
     checkpoint_with_autocast,
     make_conditions,
     run,
@@ -48,7 +48,7 @@ class PlayedCompute(Compute):
 
 def estimate(
     name: str, architecture: Architecture, size: Size, rank: int | None, batch_size: int, checkpointing: bool
-) -> Memory:
+) -> Cost:
     """`rank` of a LoRA; None for a whole network."""
     with torch.device(META):
         adversary = make_adversary(architecture, rank)
@@ -63,8 +63,7 @@ def estimate(
     frozen = sum(weight.numel() * weight.element_size() for weight in everything if not weight.requires_grad)
     weights = (frozen + trained * TRAINED_BYTES) / 2**30
     step = measure_step(adversary, architecture, size, batch_size)
-    kind = "whole" if rank is None else f"LoRA, rank {rank}"
-    return Memory(name, kind, batch_size, checkpointing, trained / 1e6, weights, step, weights + step)
+    return Cost.of(name, rank, batch_size, checkpointing, trained, weights, step)
 
 
 def make_adversary(architecture: Architecture, rank: int | None) -> Adversary:
@@ -80,16 +79,16 @@ def make_adversary(architecture: Architecture, rank: int | None) -> Adversary:
     return Adversary(student, heads, features, diffusion, TIMESTEPS, AddSettings(), compute)
 
 
-def measure_step(adversary: Adversary, architecture: Architecture, size: Size, batch_size: int) -> float:
-    """GiB: as models.training.add.AddDistiller takes it."""
+def measure_step(adversary: Adversary, architecture: Architecture, size: Size, batch_size: int) -> Peak:
+    """As models.training.add.AddDistiller takes it."""
     width, height = (side // 8 for side in size)
     latents = torch.empty(batch_size, 4, height, width, device=META)
     batch = Batch(latents, make_conditions(architecture, batch_size))
-    with Peak(is_training=True) as peak:
+    with Peak(is_training=True) as step:
         loss, _ = adversary.loss(batch, make_conditions(architecture, 1))
         loss.backward()  # type: ignore[no-untyped-call]
-    return peak.num_bytes / 2**30
+    return step
 
 
 if __name__ == "__main__":
-    run(__doc__, "turbo-memory", BATCH_SIZES, estimate)
+    run(__doc__, "turbo-cost", BATCH_SIZES, estimate)

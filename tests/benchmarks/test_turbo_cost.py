@@ -1,12 +1,12 @@
-"""What adversarial distillation takes of memory, counted on small networks of the real layers."""
+"""What adversarial distillation takes of memory and time, counted on small networks of the real layers."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.distill_memory import TRAINED_BYTES
+from benchmarks.distill_cost import TRAINED_BYTES
 from benchmarks.shared.architectures import SD15, SDXL, Architecture, shrink
-from benchmarks.turbo_memory import estimate, make_adversary
+from benchmarks.turbo_cost import estimate, make_adversary
 
 SIZE = (128, 128)
 
@@ -22,6 +22,9 @@ def test_more_pictures_take_more_and_checkpointing_takes_less(architecture: Arch
     assert one.step < four.step
     assert checkpointed.step < four.step
     assert one.total == one.weights + one.step
+    assert four.tflop == pytest.approx(4 * one.tflop, rel=0.01)
+    assert checkpointed.tflop > four.tflop
+    assert one.a100_h == pytest.approx(4000 * one.tflop / (0.4 * 312) / 3600)
 
 
 def test_the_heads_are_trained_beside_the_student() -> None:

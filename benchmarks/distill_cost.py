@@ -1,13 +1,16 @@
-"""What a distillation takes of a GPU's memory, counted on the real architectures without any GPU.
+"""What a distillation takes of a GPU's memory and time, counted on the real architectures without any GPU.
 
-    python -m benchmarks.distill_memory            # some minutes
+    python -m benchmarks.distill_cost            # some minutes
 
 *Weights* are what lies in memory all the time: frozen networks in bfloat16, and of each trained weight itself, its
 average and Adam's two moments in fp32. *Step* is the most that one training step's tensors take at once, the gradients
 among them: activations of the student's forward and backward pass. The teacher's guided pass comes before it and takes
-less. Autocast is played on the meta device by its rules: convolutions, products and attention in bfloat16,
-normalisations in fp32. Text encoders and VAE have left memory by then. It leaves out what no shape tells: the CUDA
-context and the libraries' workspaces, usually one to two GiB.
+less. *tflop* is the arithmetic of one training step, in 10^12 operations, and the hours are what 4,000 such steps take
+at two fifths of what the GPUs' data sheets promise, which is an assumption.
+
+Autocast is played on the meta device by its rules: convolutions, products and attention in bfloat16, normalisations in
+fp32. Text encoders and VAE have left memory by then. It leaves out what no shape tells: the CUDA context and the
+libraries' workspaces, usually one to two GiB.
 """
 
 from __future__ import annotations
@@ -45,9 +48,14 @@ ARCHITECTURES = {"SD 1.5": (SD15, (512, 512)), "SDXL": (SDXL, (1024, 1024))}
 BATCH_SIZES = (1, 4, 8)
 
 
+NUM_STEPS = 4000
+KEPT = 0.4  # of a GPU's peak
+PEAKS = {"RTX 4090": 165, "A100": 312, "H100": 989}  # TFLOP/s in bfloat16, dense, by NVIDIA's data sheets
+
+
 @dataclass(frozen=True)
-class Memory:
-    """GiB of one distillation."""
+class Cost:
+    """Of one distillation: memory in GiB, time in hours."""
 
     model: str
     student: str
@@ -57,9 +65,22 @@ class Memory:
     weights: float
     step: float
     total: float
+    tflop: float
+    rtx_4090_h: float
+    a100_h: float
+    h100_h: float
+
+    @classmethod
+    def of(
+        cls, model: str, rank: int | None, batch: int, checkpointing: bool, trained: int, weights: float, step: Peak
+    ) -> Cost:
+        """`trained` is a number of weights, `weights` the GiB of all, `step` what one training step took."""
+        kind, gib, tflop = "whole" if rank is None else f"LoRA, rank {rank}", step.num_bytes / 2**30, step.flops / 1e12
+        hours = [NUM_STEPS * tflop / (KEPT * peak) / 3600 for peak in PEAKS.values()]
+        return cls(model, kind, batch, checkpointing, trained / 1e6, weights, gib, weights + gib, tflop, *hours)
 
 
-def run(description: str | None, name: str, batch_sizes: Sequence[int], estimate: Callable[..., Memory]) -> None:
+def run(description: str | None, name: str, batch_sizes: Sequence[int], estimate: Callable[..., Cost]) -> None:
     """The program of one kind of distillation: a table over architectures, students, batches, and checkpointing."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=batch_sizes)
@@ -74,7 +95,7 @@ def run(description: str | None, name: str, batch_sizes: Sequence[int], estimate
 
 def estimate(
     name: str, architecture: Architecture, size: Size, rank: int | None, batch_size: int, checkpointing: bool
-) -> Memory:
+) -> Cost:
     """`rank` of a LoRA; None for a whole network."""
     with torch.device(META):
         student = make_student(architecture, rank)
@@ -85,9 +106,9 @@ def estimate(
     frozen = sum(weight.numel() * weight.element_size() for weight in networks.values() if not weight.requires_grad)
     trained = sum(weight.numel() for weight in student.unet.parameters() if weight.requires_grad)
     weights = (frozen + trained * TRAINED_BYTES) / 2**30
-    step = peak_gib(lambda: take_step(student, architecture, size, batch_size))
-    kind = "whole" if rank is None else f"LoRA, rank {rank}"
-    return Memory(name, kind, batch_size, checkpointing, trained / 1e6, weights, step, weights + step)
+    with Peak(is_training=True) as step, Autocast():
+        take_step(student, architecture, size, batch_size)
+    return Cost.of(name, rank, batch_size, checkpointing, trained, weights, step)
 
 
 def make_student(architecture: Architecture, rank: int | None) -> GuidedStudent:
@@ -120,12 +141,6 @@ def make_conditions(architecture: Architecture, rows: int) -> Conditions:
     return Conditions(states, pooled, torch.empty(rows, 6, device=META))
 
 
-def peak_gib(call: Callable[[], object]) -> float:
-    with Peak(is_training=True) as peak, Autocast():
-        call()
-    return peak.num_bytes / 2**30
-
-
 class Autocast(TorchFunctionMode):
     """CUDA's autocast to bfloat16 and its fused attention, for tensors on the meta device."""
 
@@ -136,7 +151,7 @@ class Autocast(TorchFunctionMode):
         named = kwargs or {}
         if func is F.scaled_dot_product_attention:
             halves = [_cast(tensor, torch.bfloat16) for tensor in args[:3]]
-            return _FusedAttention.apply(*halves)  # type: ignore[no-untyped-call]
+            return torch.ops.aten._scaled_dot_product_flash_attention(*halves)[0]
         if func in self.LOW or func in self.HIGH:
             dtype = torch.bfloat16 if func in self.LOW else torch.float32
             args = [_cast(value, dtype) for value in args]
@@ -153,21 +168,5 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Keeps its inputs, its output and a sum per row, as flash attention does."""
-
-    @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        context.save_for_backward(query, key, value, output, sums)
-        return output
-
-    @staticmethod
-    def backward(context: Any, *_gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, _, _ = context.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
 if __name__ == "__main__":
-    run(__doc__, "distill-memory", BATCH_SIZES, estimate)
+    run(__doc__, "distill-cost", BATCH_SIZES, estimate)

@@ -1,4 +1,4 @@
-"""What a distillation takes of memory, counted on small networks of the real layers."""
+"""What a distillation takes of memory and time, counted on small networks of the real layers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks.distill_memory import TRAINED_BYTES, estimate, make_student
+from benchmarks.distill_cost import TRAINED_BYTES, Autocast, estimate, make_student
 from benchmarks.shared.architectures import SD15, SDXL, Architecture, shrink
 from benchmarks.shared.counting import Peak
 
@@ -26,6 +27,9 @@ def test_more_pictures_take_more_and_checkpointing_takes_less(architecture: Arch
     assert one.step < four.step < 4 * one.step
     assert checkpointed.step < four.step
     assert one.total == one.weights + one.step
+    assert four.tflop == pytest.approx(4 * one.tflop, rel=0.01)
+    assert checkpointed.tflop > four.tflop
+    assert one.a100_h == pytest.approx(4000 * one.tflop / (0.4 * 312) / 3600)
 
 
 def test_of_a_lora_only_the_lora_is_trained() -> None:
@@ -43,3 +47,20 @@ def test_gradients_are_followed() -> None:
     with Peak(is_training=True) as peak:
         (weight * 2).sum().backward()  # type: ignore[no-untyped-call]
     assert 4000 < peak.num_bytes < 8100
+
+
+def test_arithmetic_is_that_of_the_forward_and_the_backward_pass() -> None:
+    rows, weight = (torch.empty(shape, device="meta", requires_grad=True) for shape in ((10, 20), (20, 30)))
+    with Peak(is_training=True) as step:
+        (rows @ weight).sum().backward()  # type: ignore[no-untyped-call]
+    assert step.flops == 3 * 2 * 10 * 20 * 30
+
+
+def test_attention_counts_as_one_kernel_that_keeps_no_scores() -> None:
+    heads, tokens, width = 2, 256, 8
+    query, key, value = (torch.empty(1, heads, tokens, width, device="meta", requires_grad=True) for _ in range(3))
+    with Peak(is_training=True) as step, Autocast():
+        F.scaled_dot_product_attention(query, key, value).sum().backward()  # type: ignore[no-untyped-call]
+    forward = 2 * 2 * heads * tokens**2 * width
+    assert step.flops == 3.5 * forward  # backwards the scores are computed again, and four products more
+    assert step.num_bytes < 2 * heads * tokens**2
