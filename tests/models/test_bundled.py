@@ -98,7 +98,7 @@ def test_turbo_does_so_in_one_step(reference: Reference) -> None:
     pipeline.fuse_lora()
     pipeline.scheduler = EulerAncestralDiscreteScheduler.from_pretrained(BUNDLED / "mini-turbo-lora")
     pipeline.set_progress_bar_config(disable=True)
-    assert_draws_things_and_backgrounds(pipeline, reference, steps=1, guidance=0)
+    assert_draws_things_and_backgrounds(pipeline, reference, steps=1, guidance=0, least=0.85)
 
 
 PAIRS = [
